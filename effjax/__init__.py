@@ -1,0 +1,33 @@
+"""effjax: quantization, sparsity, distillation and architecture search in one JAX train step."""
+
+from effjax import distill, errors, nas, prune, quantize, schedules
+from effjax.core import Ctx, Setup, Transform, Vars, chain
+from effjax.model import Model, from_linen, from_nnx
+from effjax.sharding import Layout, state_shardings
+from effjax.step import Mean, TrainState, export, forward, init_state, make_eval, make_step
+
+__all__ = [
+    "Ctx",
+    "Layout",
+    "Mean",
+    "Model",
+    "Setup",
+    "TrainState",
+    "Transform",
+    "Vars",
+    "chain",
+    "distill",
+    "errors",
+    "export",
+    "forward",
+    "from_linen",
+    "from_nnx",
+    "init_state",
+    "make_eval",
+    "make_step",
+    "nas",
+    "prune",
+    "quantize",
+    "schedules",
+    "state_shardings",
+]

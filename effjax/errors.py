@@ -1,0 +1,33 @@
+"""The errors that need a paragraph. Each says what was got, what was wanted, and what to do."""
+
+
+class EffjaxError(ValueError):
+    """The base of effjax's errors."""
+
+
+class ChainError(EffjaxError):
+    """Transforms that cannot be composed as asked: order, names, or a broken hook."""
+
+
+class SetupError(EffjaxError):
+    """A transform does not fit the model, the batch or the frozen inputs it was given."""
+
+
+class SelectorError(EffjaxError):
+    """A selector that matches nothing, or a leaf that no rule covers."""
+
+
+class ScheduleError(EffjaxError):
+    """A schedule whose numbers cannot be meant: it ends before it begins, or leaves its range."""
+
+
+class ShardingError(EffjaxError):
+    """A layout that a mesh cannot hold, or that is known to give wrong gradients."""
+
+
+class SiteError(EffjaxError):
+    """A weight or rule that meets no operation, or an operation that cannot be transformed."""
+
+
+class CheckpointError(EffjaxError):
+    """A checkpoint that cannot be read, or that belongs to another run."""
