@@ -1,6 +1,7 @@
 """The Transform: a NamedTuple of pure functions, one for each place of a train step where an
 efficiency technique can act; and `chain`, which composes them and is itself a Transform."""
 
+import itertools
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -101,29 +102,33 @@ def _describe(params: PyTree, extra: PyTree, state: PyTree) -> dict[str, dict[st
 class Transform(NamedTuple):
     """An efficiency technique as pure functions, each the identity by default.
 
-    | hook     | signature                                                | acts on |
-    |----------|----------------------------------------------------------|---------|
-    | `init`   | `(key, params, setup) -> (extra, state)`                  | nothing yet; works under `jax.eval_shape`, raises what can be known to be wrong |
-    | `batch`  | `(batch, state, ctx) -> batch`                            | the data: augmentation, label mixing |
-    | `view`   | `(params, extra, state, ctx) -> params`                   | the weights the forward pass sees; differentiable |
-    | `wrap`   | `(forward, extra, state, ctx) -> forward`                 | activations, feature taps, op mixtures |
-    | `loss`   | `(outputs, batch, aux, extra, state, ctx) -> {name: scalar}` | added loss terms |
-    | `update` | `(vars, opt, state, grads, aux, ctx) -> (vars, opt, state)` | after the optimizer: masks, ranges, moments |
-    | `export` | `(params, extra, state) -> params`                        | what is shipped: the same maths as `view` in evaluation |
-    | `report` | `(vars, state, aux, ctx) -> {name: scalar}`               | metrics; dropped, never carried |
-    | `describe` | `(params, extra, state) -> {path: {fact: value}}`       | how a leaf is stored and its site computed, for `inspect` and footprints; on concrete state, outside jit |
+    init      `(key, params, setup) -> (extra, state)`: works under `jax.eval_shape`, and raises what
+              can be known to be wrong before the first step.
+    batch     `(batch, state, ctx) -> batch`: the data; augmentation, label mixing.
+    view      `(params, extra, state, ctx) -> params`: the weights the forward pass sees;
+              differentiable.
+    wrap      `(forward, extra, state, ctx) -> forward`: activations, feature taps, op mixtures.
+    loss      `(outputs, batch, aux, extra, state, ctx) -> {name: scalar}`: added loss terms.
+    update    `(vars, opt, state, grads, aux, ctx) -> (vars, opt, state)`: after the optimizer;
+              masks, ranges, moments.
+    export    `(params, extra, state) -> params`: what is shipped; the same maths as `view` in
+              evaluation.
+    report    `(vars, state, aux, ctx) -> {name: scalar}`: metrics; dropped, never carried.
+    describe  `(params, extra, state) -> {path: {fact: value}}`: how a leaf is stored and its site
+              computed, for `inspect` and footprints; on concrete state, outside jit.
 
     `forward` is `(params, model_state, batch, key, train) -> (outputs, model_state, aux)`. A `wrap`
     adds what it measures to the `aux` dict it received, and `loss`, `update` and `report` find that
     (and nothing of the other transforms') as their `aux`.
 
-    The facts that `describe` may give of a params path: "weight_bits" and "act_bits" (int), "scales" (number
-    of scale values stored beside the weights), "sparsity" (fraction of zeros), "channels" (channels kept).
+    The facts that `describe` may give of a params path: "weight_bits" and "act_bits" (int), "scales"
+    (number of scale values stored beside the weights), "sparsity" (fraction of zeros), "channels"
+    (channels kept).
 
     `kind` says what the transform does to the weights; `chain` uses it to refuse a wrong order.
     `state` and `extra` are trees of arrays without None leaves, and `update` keeps their structure,
-    shapes and dtypes. A tree keyed by params paths, with leaves shaped like those params (a mask), is
-    sharded like them.
+    shapes and dtypes. What is keyed by a params path and shaped like that leaf (a mask) is sharded
+    like it.
     """
 
     init: Callable[[Array, PyTree, Setup], tuple[PyTree, PyTree]] = _init
@@ -150,10 +155,11 @@ def chain(*chains: Transform, allow_order: bool = False, **members: Transform) -
     """Composes transforms into one. Keyword order is application order.
 
     Weights flow through `view` from left to right, then through the wrapped forward pass from left
-    to right (the first member's `wrap` is the outermost), into the model. Batches, loss terms, updates
-    and exports go from left to right. Each member sees its own slot of `extra`, `state`, `frozen` and
-    `aux`, and a key of its own that depends on its name but not on its neighbours, so that a run with
-    and one without pruning see the same augmentations. Losses and metrics are reported as "name/term".
+    to right (the first member's `wrap` is the outermost), into the model. Batches, loss terms,
+    updates and exports go from left to right. Each member sees its own slot of `extra`, `state`,
+    `frozen` and `aux`, and a key of its own that depends on its name but not on its neighbours, so
+    that a run with and one without pruning see the same augmentations. Losses and metrics are
+    reported as "name/term".
 
     Args:
       *chains: chains to splice in front, their members keeping their names: `chain(chain(a=A, b=B),
@@ -172,8 +178,8 @@ def chain(*chains: Transform, allow_order: bool = False, **members: Transform) -
     for position, spliced in enumerate(chains):
         if not isinstance(spliced, Transform) or (not spliced.members and spliced != _EMPTY):
             raise ChainError(
-                f"chain() got {spliced!r:.80} as positional argument {position}; only chains are given "
-                "by position. Name it: chain(prune=...)."
+                f"chain() got {spliced!r:.80} as positional argument {position}; only chains are "
+                "given by position. Name it: chain(prune=...)."
             )
         flat += spliced.members
     for name, member in members.items():
@@ -195,12 +201,12 @@ def chain(*chains: Transform, allow_order: bool = False, **members: Transform) -
 
 def _check_order(flat: list[tuple[str, Transform]]) -> None:
     staged = [(name, t) for name, t in flat if t.kind in STAGES]
-    for (first, a), (second, b) in zip(staged, staged[1:], strict=False):
+    for (first, a), (second, b) in itertools.pairwise(staged):
         if STAGES[a.kind] > STAGES[b.kind]:
             right = sorted(staged, key=lambda member: STAGES[member[1].kind])
             raise ChainError(
-                f"{first!r} ({a.kind}) comes before {second!r} ({b.kind}): its values and ranges would be "
-                f"fitted to weights that {second!r} then removes or moves. Write "
+                f"{first!r} ({a.kind}) comes before {second!r} ({b.kind}): its values and ranges would "
+                f"be fitted to weights that {second!r} then removes or moves. Write "
                 f"chain({', '.join(f'{n}=...' for n, _ in right)}), "
                 "or pass allow_order=True if this order is what you study."
             )
@@ -292,8 +298,8 @@ def scoped_frozen(frozen: PyTree, names: list[str]) -> Mapping[str, PyTree]:
         return {}
     if not isinstance(frozen, Mapping):
         raise SetupError(
-            f"frozen is a {type(frozen).__name__}; a chain takes a dict by member name, for example "
-            "frozen={'kd': teacher}."
+            f"frozen is a {type(frozen).__name__}; a chain takes a dict by member name, for "
+            "example frozen={'kd': teacher}."
         )
     if unknown := sorted(set(frozen) - set(names)):
         raise SetupError(f"frozen has entries for {unknown}, but the chain's members are {names}.")

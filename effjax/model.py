@@ -18,8 +18,8 @@ class Model(NamedTuple):
     """A model as pure functions.
 
     init: `(key, batch) -> (params, model_state)`; works under `jax.eval_shape`.
-    apply: `(params, model_state, batch, key, train) -> (outputs, model_state)`, where `model_state` is
-      what Flax mutates (BatchNorm statistics, ...) and comes back changed only where `train` is True.
+    apply: `(params, model_state, batch, key, train) -> (outputs, model_state)`, where `model_state`
+      is what Flax mutates (BatchNorm statistics, ...) and comes back changed only where `train` is.
     """
 
     init: Callable[[Array, PyTree], tuple[PyTree, PyTree]]
@@ -37,8 +37,8 @@ def from_linen(
 
     Args:
       module: a `flax.linen.Module`.
-      inputs: the batch's entry that the module is called with, or a function from the batch to it (a
-        tuple is passed as several arguments).
+      inputs: the batch's entry that the module is called with, or a function from the batch to it
+        (a tuple is passed as several arguments).
       rngs: names of the random streams that the module may ask for; each gets a key of its own.
       mode: from `train` to the keyword arguments that tell the module so. By default the first of
         `train`, `training`, `is_training`, `deterministic` and `use_running_average` (the last two
@@ -78,15 +78,15 @@ def from_linen(
 def from_nnx(module: Any, inputs: Inputs = "image") -> Model:
     """An NNX module as a Model, with BatchNorm, Dropout and other Variables.
 
-    Params are the module's `nnx.Param` leaves as a nested dict of arrays; `model_state` is the rest as
-    another, less the random streams, which are seeded from `key` in every call. `train` switches the
-    module by its `train()` and `eval()` methods.
+    Params are the module's `nnx.Param` leaves as a nested dict of arrays; `model_state` is the rest
+    as another, less the random streams, which are seeded from `key` in every call. `train` switches
+    the module by its `train()` and `eval()` methods.
 
     Args:
-      module: a function `(nnx.Rngs) -> nnx.Module`, for example the class itself; or a built module,
-        whose weights are then the initial ones whatever the key.
-      inputs: the batch's entry that the module is called with, or a function from the batch to it (a
-        tuple is passed as several arguments).
+      module: a function `(nnx.Rngs) -> nnx.Module`, for example the class itself; or a built
+        module, whose weights are then the initial ones whatever the key.
+      inputs: the batch's entry that the module is called with, or a function from the batch to it
+        (a tuple is passed as several arguments).
 
     Example:
       >>> from flax import nnx
@@ -175,8 +175,8 @@ def _inputs(inputs: Inputs) -> Callable[[PyTree], tuple[Any, ...]]:
         except (KeyError, TypeError, IndexError) as error:
             entries = list(batch) if isinstance(batch, dict) else type(batch).__name__
             raise SetupError(
-                f"the model reads batch[{inputs!r}], but the batch has {entries}. Say where its inputs "
-                "are: from_linen(module, inputs='x') or inputs=lambda batch: ..."
+                f"the model reads batch[{inputs!r}], but the batch has {entries}. Say where its "
+                "inputs are: from_linen(module, inputs='x') or inputs=lambda batch: ..."
             ) from error
 
     return arguments

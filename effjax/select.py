@@ -103,9 +103,9 @@ def label_tree(tree: PyTree, rules: Sequence[tuple[str, str]]) -> PyTree:
 def owners(tree: PyTree, params: PyTree) -> dict[str, str]:
     """Which params leaf each leaf of another tree belongs to.
 
-    A leaf belongs to a params leaf if its path ends in that leaf's path (the longest one wins) and it
-    has the same shape. This finds Adam's moments, a momentum trace, an average of the weights, or a
-    mask, in any optax state, also behind `optax.partition`, without knowing their types.
+    A leaf belongs to a params leaf if its path ends in that leaf's path (the longest one wins) and
+    it has the same shape. This finds Adam's moments, a momentum trace, an average of the weights, or
+    a mask, in any optax state, also behind `optax.partition`, without knowing their types.
 
     Returns:
       {path name in `tree`: path name in `params`}; leaves that belong to none are left out.
@@ -125,7 +125,7 @@ def owners(tree: PyTree, params: PyTree) -> dict[str, str]:
 
 
 def map_owned(f: Any, tree: PyTree, params: PyTree, values: Mapping[str, Any]) -> PyTree:
-    """Applies `f(leaf, values[path])` to each leaf of `tree` that belongs to a params path in `values`.
+    """Applies `f(leaf, values[path])` to each leaf that belongs to a params path in `values`.
 
     For example, zero the optimizer's moments of pruned weights:
     `map_owned(lambda moment, mask: moment * mask, opt, params, masks)`.

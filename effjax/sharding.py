@@ -17,8 +17,8 @@ class Layout(NamedTuple):
     """A mesh, and rules for params paths.
 
     mesh: `jax.make_mesh((4, 2), ("data", "model"))`.
-    rules: (pattern, PartitionSpec) pairs; the first pattern that matches a params path (`re.search`)
-      says how that leaf is split. Leaves that match none are replicated.
+    rules: (pattern, PartitionSpec) pairs; the first pattern that matches a params path
+      (`re.search`) says how that leaf is split. Leaves that match none are replicated.
     batch: the mesh axes that the batch's first axis is split over; by default all of them.
     """
 
@@ -48,8 +48,8 @@ class Layout(NamedTuple):
             ways = self.ways(names)
             if shape[axis] % ways:
                 raise ShardingError(
-                    f"axis {axis} of {path} has {shape[axis]} entries, which {names!r} of the mesh splits "
-                    f"{ways} ways; choose an axis that divides, or leave this one whole."
+                    f"axis {axis} of {path} has {shape[axis]} entries, which {names!r} of the mesh "
+                    f"splits {ways} ways; choose an axis that divides, or leave this one whole."
                 )
 
     def ways(self, names: str | tuple[str, ...] | None) -> int:
@@ -68,16 +68,16 @@ class Layout(NamedTuple):
         for name, leaf in leaves(batch).items():
             if np.ndim(leaf) == 0 or np.shape(leaf)[0] % ways:
                 raise ShardingError(
-                    f"batch[{name!r}] has shape {np.shape(leaf)}, and the mesh axes {self.batch_axes} split "
-                    f"its first axis {ways} ways. Use a batch size that is a multiple of {ways}, or name "
-                    "fewer axes in Layout(batch=...)."
+                    f"batch[{name!r}] has shape {np.shape(leaf)}, and the mesh axes "
+                    f"{self.batch_axes} split its first axis {ways} ways. Use a batch size that is a "
+                    f"multiple of {ways}, or name fewer axes in Layout(batch=...)."
                 )
         return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(self.batch_axes)))
 
 
 def state_shardings(state: PyTree, layout: Layout) -> PyTree:
-    """The sharding of every leaf of a TrainState: what belongs to a params leaf (a moment, a mask, a
-    moving average) lies where that leaf lies, and the rest is replicated.
+    """The sharding of every leaf of a TrainState: what belongs to a params leaf (a moment, a mask,
+    a moving average) lies where that leaf lies, and the rest is replicated.
 
     Args:
       state: a TrainState; its leaves may be abstract.
@@ -104,8 +104,8 @@ def check_grouped_convolutions(
 ) -> None:
     """Refuses the one layout in which XLA computes a wrong gradient.
 
-    On a mesh of two axes with the batch split over one of them, the gradient of a grouped (depthwise)
-    convolution's kernel comes out multiplied by the size of the other axis.
+    On a mesh of two axes with the batch split over one of them, the gradient of a grouped
+    (depthwise) convolution's kernel comes out multiplied by the size of the other axis.
     """
     whole = [a for a, n in layout.mesh.shape.items() if n > 1 and a not in layout.batch_axes]
     if not whole:
@@ -115,7 +115,7 @@ def check_grouped_convolutions(
     grouped = [s.path for s in find_sites(apply, params, model_state, batch) if s.groups > 1]
     if grouped:
         raise ShardingError(
-            f"the grouped convolutions {grouped} on a mesh {dict(layout.mesh.shape)} with the batch split over "
-            f"{layout.batch_axes} only: XLA would multiply their gradients by the size of {whole}. Split the "
-            "batch over every axis: Layout(mesh, rules, batch=None)."
+            f"the grouped convolutions {grouped} on a mesh {dict(layout.mesh.shape)} with the batch "
+            f"split over {layout.batch_axes} only: XLA would multiply their gradients by the size of "
+            f"{whole}. Split the batch over every axis: Layout(mesh, rules, batch=None)."
         )

@@ -67,8 +67,8 @@ def forward(
 ) -> Pass:
     """Runs the model as the transform makes it: batch, view, wrap, apply, loss terms.
 
-    This is what is differentiated with respect to `vars`. In evaluation (`ctx.train` False) the batch
-    is left alone and there are no loss terms.
+    This is what is differentiated with respect to `vars`. In evaluation (`ctx.train` False) the
+    batch is left alone and there are no loss terms.
     """
 
     def plain(params, model_state, batch, key, train):
@@ -163,8 +163,8 @@ def make_step(
       metrics: `(outputs, batch) -> {name: array}`; reported as means.
 
     Returns:
-      `step(state, batch, frozen=None) -> (state, metrics)`, with metrics {"loss": the objective, "task":
-      the user's loss, the transform's loss terms and reports by "name/term", and the user's metrics}.
+      `step(state, batch, frozen=None) -> (state, metrics)`, with metrics {"loss": the objective,
+      "task": the user's loss, the transform's loss terms and reports by "name/term", and the user's}.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -258,6 +258,6 @@ def check_no_none(tree: PyTree, what: str) -> None:
     for path, leaf in with_none:
         if leaf is None:
             raise SetupError(
-                f"the transform's {what} has None at {jax.tree_util.keystr(path)}; leave the entry out, "
-                "or keep an array of size 0 there."
+                f"the transform's {what} has None at {jax.tree_util.keystr(path)}; leave the entry "
+                "out, or keep an array of size 0 there."
             )
