@@ -1,0 +1,1 @@
+"""The models of the experiments, each in Linen and NNX with the same params paths."""

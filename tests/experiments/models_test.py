@@ -1,0 +1,81 @@
+"""The experiments' models: published sizes, and Linen equal to NNX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.select import leaves
+from experiments.models import cnn, mlp
+
+# The practitioner's guide's table: width multiplier and parameters, which there include the moving
+# mean and variance of BatchNorm.
+PUBLISHED = [
+    (0.05, 14_713),
+    (0.1, 26_044),
+    (0.25, 98_570),
+    (0.5, 350_058),
+    (0.75, 764_874),
+    (1.0, 1_343_018),
+    (1.4, 2_606_654),
+]
+SMALL = cnn.Spec(width=0.5, size=8, channels=1, classes=3, stages=(4, 8), hidden=16)
+
+
+def count(tree):
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def abstract(model, shape):
+    batch = {"image": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    return jax.eval_shape(model.init, jax.random.key(0), batch)
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+@pytest.mark.parametrize(("width", "parameters"), PUBLISHED)
+def test_cnn_has_the_published_number_of_parameters(library, width, parameters):
+    params, state = abstract(cnn.model(cnn.Spec(width), library), (1, 32, 32, 3))
+    statistics = {k: x for k, x in leaves(state).items() if k.endswith(("mean", "var"))}
+    assert count(params) + count(statistics) == parameters
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_mlp_has_the_published_number_of_parameters(library):
+    params, _ = abstract(mlp.model(library=library), (1, 28, 28, 1))
+    assert count(params) == 266_610
+
+
+@pytest.mark.parametrize(
+    ("family", "spec"), [(cnn, SMALL), (mlp, mlp.Spec(inputs=64, hidden=(12, 8), classes=3))]
+)
+def test_linen_and_nnx_name_their_leaves_alike_and_compute_the_same(family, spec):
+    linen, other = family.model(spec, "linen"), family.model(spec, "nnx")
+    batch = {"image": jax.random.normal(jax.random.key(1), (4, 8, 8, 1))}
+    params, state = linen.init(jax.random.key(0), batch)
+    theirs, their_state = other.init(jax.random.key(0), batch)
+    shapes = {name: x.shape for name, x in leaves(params).items()}
+    assert shapes == {name: x.shape for name, x in leaves(theirs).items()}
+
+    for train in (False, True) if family is mlp else (False,):
+        a, _ = linen.apply(params, state, batch, jax.random.key(2), train)
+        b, _ = other.apply(params, their_state, batch, jax.random.key(2), train)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert a.shape == (4, 3)
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_cnn_trains_with_batch_statistics_and_dropout(library):
+    model = cnn.model(SMALL, library)
+    batch = {"image": jax.random.normal(jax.random.key(1), (4, 8, 8, 1))}
+    params, state = model.init(jax.random.key(0), batch)
+    one, moved = model.apply(params, state, batch, jax.random.key(2), True)
+    two, _ = model.apply(params, state, batch, jax.random.key(3), True)
+    assert not np.allclose(one, two)
+    assert not np.allclose(jax.tree.leaves(state)[0], jax.tree.leaves(moved)[0])
+
+
+def test_specs_that_cannot_be_built_are_refused():
+    with pytest.raises(ValueError, match=r"width 0\.001 leaves a layer without channels"):
+        cnn.Spec(width=0.001)
+    with pytest.raises(ValueError, match="3 stages halve the image 3 times, but its size 12"):
+        cnn.Spec(size=12)
