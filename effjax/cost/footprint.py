@@ -1,0 +1,237 @@
+"""What a model costs to store and to compute: parameters, non-zeros, bytes and MACs, by leaf."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from effjax.core import PyTree
+from effjax.errors import SelectorError, SetupError
+from effjax.select import leaves
+
+SCALE_BYTES = 4  # a quantization scale is stored as float32
+
+
+class HasMacs(Protocol):
+    """What is read of a `effjax.sites.Site`: where a weight meets data."""
+
+    @property
+    def path(self) -> str | None: ...
+    @property
+    def op(self) -> str: ...
+    @property
+    def macs(self) -> int: ...
+
+
+def dense_bytes(nonzero: np.ndarray, bits: int) -> int:
+    """Every value, packed: ceil(n · bits / 8)."""
+    return _bytes(nonzero.size * bits)
+
+
+def bitmask_bytes(nonzero: np.ndarray, bits: int) -> int:
+    """One bit for every position, then the non-zero values: ceil(n / 8) + ceil(nnz · bits / 8)."""
+    return _bytes(nonzero.size) + _bytes(int(nonzero.sum()) * bits)
+
+
+def _bytes(bits: int) -> int:
+    return -(-bits // 8)
+
+
+# How a leaf may be stored: (bool array of its non-zeros, bits a value) -> bytes, index included.
+Format = Callable[[np.ndarray, int], int]
+FORMATS: Mapping[str, Format] = {"dense": dense_bytes, "bitmask": bitmask_bytes}
+
+
+class Leaf(NamedTuple):
+    """The costs of one leaf."""
+
+    path: str
+    shape: tuple[int, ...]
+    parameters: int  # 0 for a leaf of the model state, which is stored but not trained
+    nonzeros: int
+    bits: int  # of a stored value
+    format: str  # a key of FORMATS
+    bytes: int  # as stored, mask or index and scales included
+    op: str  # the operations that use it, or "" for those without MACs (biases, norms)
+    macs: int
+    effective_macs: int  # with non-zero weights
+
+
+class Totals(NamedTuple):
+    """The costs of a model."""
+
+    parameters: int
+    nonzeros: int
+    bytes: int
+    macs: int
+    effective_macs: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros among the parameters."""
+        return 1 - self.nonzeros / max(self.parameters, 1)
+
+
+class Footprint(NamedTuple):
+    """A table of costs: one row a leaf, and the totals. `print` it, or take `to_dict()`."""
+
+    leaves: tuple[Leaf, ...]
+    weightless_macs: int  # of operations between activations (attention scores)
+
+    @property
+    def totals(self) -> Totals:
+        """The sums over the leaves."""
+
+        def total(field: str) -> int:
+            return sum(getattr(leaf, field) for leaf in self.leaves)
+
+        macs, effective = total("macs"), total("effective_macs")
+        return Totals(
+            total("parameters"),
+            sum(leaf.nonzeros for leaf in self.leaves if leaf.parameters),
+            total("bytes"),
+            macs + self.weightless_macs,
+            effective + self.weightless_macs,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON: {"totals": {...}, "leaves": [{...}, ...]}."""
+        totals = {**self.totals._asdict(), "sparsity": self.totals.sparsity}
+        rows = [{**leaf._asdict(), "shape": list(leaf.shape)} for leaf in self.leaves]
+        return {"totals": totals, "leaves": rows, "weightless_macs": self.weightless_macs}
+
+    def __str__(self) -> str:
+        header = "path,shape,parameters,non-zeros,bits,stored as,bytes,op,MACs,effective"
+        rows: list[tuple[str, ...]] = [
+            (
+                leaf.path,
+                "x".join(map(str, leaf.shape)) or "scalar",
+                f"{leaf.parameters:,}" if leaf.parameters else "-",
+                f"{leaf.nonzeros:,}",
+                str(leaf.bits),
+                leaf.format,
+                f"{leaf.bytes:,}",
+                leaf.op,
+                f"{leaf.macs:,}" if leaf.op else "",
+                f"{leaf.effective_macs:,}" if leaf.op else "",
+            )
+            for leaf in self.leaves
+        ]
+        if self.weightless_macs:
+            macs = f"{self.weightless_macs:,}"
+            rows.append(("(between activations)", *[""] * 7, macs, macs))
+        parameters, nonzeros, stored, macs, effective = (f"{x:,}" for x in self.totals)
+        last = ("total", "", parameters, nonzeros, "", "", stored, "", macs, effective)
+        return _align([tuple(header.split(",")), *rows, last], left={0, 1, 5, 7})
+
+
+def footprint(
+    params: PyTree,
+    sites: Iterable[HasMacs] = (),
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    model_state: PyTree = None,
+    formats: Mapping[str, Format] = FORMATS,
+) -> Footprint:
+    """The cost of a model as it is shipped.
+
+    Each leaf is stored in the format that takes the fewest bytes at its bit width, plus 4 bytes for
+    each quantization scale. A site whose weight has density d takes d · MACs effective MACs: the
+    products that are not with zero.
+
+    Args:
+      params: what is shipped, from `ej.export(transform, state)`; concrete arrays.
+      sites: `ej.sites.find_sites(apply, params, model_state, batch)`, for MACs. They count the
+        whole batch: give it a batch of one example.
+      facts: `transform.describe(params, extra, state)`. Read are "weight_bits" (by default those
+        of the leaf's dtype), "scales" (how many; 0) and "sparsity" (checked against the zeros).
+      model_state: what is stored beside the params, BatchNorm's statistics for example: it counts
+        in bytes, not in parameters.
+      formats: how a leaf may be stored; see `FORMATS`.
+
+    Raises:
+      SelectorError: a site or a fact names a path that the params do not have.
+      SetupError: abstract params, or fewer zeros than the transform says: not the exported params.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import effjax as ej
+      >>> params = {"kernel": jnp.zeros((8, 8)).at[0].set(1.0), "bias": jnp.ones(8)}
+      >>> facts = {"kernel": {"weight_bits": 8, "scales": 8}}
+      >>> print(ej.footprint(params, facts=facts))
+      path    shape  parameters  non-zeros  bits  stored as  bytes  op  MACs  effective
+      ------  -----  ----------  ---------  ----  ---------  -----  --  ----  ---------
+      bias    8               8          8    32  dense         32
+      kernel  8x8            64          8     8  bitmask       48
+      ------  -----  ----------  ---------  ----  ---------  -----  --  ----  ---------
+      total                  72         16                      80         0          0
+
+    (48 bytes: 8 of mask, 8 of values, 32 of scales.)
+    """
+    facts = facts or {}
+    arrays = {path: _concrete(path, leaf) for path, leaf in leaves(params).items()}
+    weightless, macs, ops = 0, Counter[str](), dict[str, list[str]]()
+    for site in sites:
+        if not site.path:
+            weightless += site.macs
+            continue
+        macs[site.path] += site.macs
+        ops.setdefault(site.path, []).append(site.op)
+    for what, named in (("sites", ops), ("facts", facts)):
+        if unknown := sorted(set(named) - set(arrays)):
+            raise SelectorError(
+                f"the {what} name the paths {unknown}, but the params have {list(arrays)}. "
+                f"Take the {what} and the params from the same model."
+            )
+
+    def leaf(path: str, array: np.ndarray, fact: Mapping[str, Any], trained: bool) -> Leaf:
+        nonzero = array != 0
+        count = int(nonzero.sum())
+        if 1 - count / max(array.size, 1) < fact.get("sparsity", 0.0) - 1e-4:
+            raise SetupError(
+                f"{path} has {array.size - count} zeros among {array.size} values, but the "
+                f"transform says its sparsity is {fact['sparsity']:.4f}. Give footprint the exported params: "
+                "ej.export(transform, state)."
+            )
+        bits = int(fact.get("weight_bits", array.dtype.itemsize * 8))
+        sizes = {name: size(nonzero, bits) for name, size in formats.items()}
+        best = min(sizes, key=sizes.__getitem__)
+        stored = sizes[best] + SCALE_BYTES * int(fact.get("scales", 0))
+        # Multiplied before it is divided: exact while MACs · parameters is an exact integer.
+        effective = round(macs[path] * count / max(array.size, 1))
+        op = "+".join(sorted(set(ops.get(path, []))))
+        parameters = array.size if trained else 0
+        return Leaf(
+            path, array.shape, parameters, count, bits, best, stored, op, macs[path], effective
+        )
+
+    rows = [leaf(path, array, facts.get(path, {}), True) for path, array in arrays.items()]
+    for path, value in leaves({} if model_state is None else model_state).items():
+        if not jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            rows.append(leaf(path, _concrete(path, value), {}, False))
+    return Footprint(tuple(rows), weightless)
+
+
+def _concrete(path: str, leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
+        raise SetupError(
+            f"{path} is abstract ({type(leaf).__name__}); footprint counts zeros, so it takes the "
+            "arrays themselves, outside jit."
+        )
+    return np.asarray(leaf)
+
+
+def _align(rows: list[tuple[str, ...]], left: set[int]) -> str:
+    """Rows as columns of text; the first is the header and the last the total."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    ruler = tuple("-" * width for width in widths)
+    lines = [rows[0], ruler, *rows[1:-1], ruler, rows[-1]]
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = zip(row, widths, strict=True)
+        aligned = (x.ljust(w) if i in left else x.rjust(w) for i, (x, w) in enumerate(cells))
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join(map(line, lines))
