@@ -2,6 +2,7 @@
 
 from effjax import distill, errors, nas, prune, quantize, schedules
 from effjax.core import Ctx, Setup, Transform, Vars, chain
+from effjax.cost import footprint, latency
 from effjax.model import Model, from_linen, from_nnx
 from effjax.sharding import Layout, state_shardings
 from effjax.step import Mean, TrainState, export, forward, init_state, make_eval, make_step
@@ -19,10 +20,12 @@ __all__ = [
     "distill",
     "errors",
     "export",
+    "footprint",
     "forward",
     "from_linen",
     "from_nnx",
     "init_state",
+    "latency",
     "make_eval",
     "make_step",
     "nas",
