@@ -1,0 +1,330 @@
+"""Checkpoints that are known to be whole: saved by orbax, digested leaf by leaf, and read from the
+newest that still holds what was written."""
+
+import hashlib
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax import Array
+
+from effjax.core import PyTree
+from effjax.digest import digests, is_key, plain
+from effjax.errors import CheckpointError
+from effjax.select import leaves
+
+_FORMAT = 1
+_UNREADABLE = ".unreadable"
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint could not be read, and an earlier one was taken."""
+
+
+class Restored(NamedTuple):
+    """What was read, and what could not be."""
+
+    step: int
+    tree: PyTree
+    metadata: dict[str, Any]
+    skipped: tuple[tuple[int, str], ...]  # (step, why) of the newer ones that were passed over
+
+
+class Checkpoints:
+    """A folder of checkpoints, one subfolder a step.
+
+    Writing is asynchronous and atomic: `save` returns when the values are copied, so that the
+    caller may donate them to the next step, and the folder gets its name when it is complete. With
+    every leaf goes a digest of its bits, and `restore` compares it with what was read: a flipped
+    byte, a cut or missing file or a half-written folder is noticed, and the checkpoint before is
+    taken instead, with a warning.
+
+    Args:
+      directory: made when something is saved.
+      keep: how many to keep; 2 or more, so that there is one to fall back to.
+
+    Raises:
+      CheckpointError: `keep` is less than 2.
+
+    Example:
+      >>> import tempfile
+      >>> import jax, jax.numpy as jnp
+      >>> from effjax.checkpoint import Checkpoints
+      >>> state = {"key": jax.random.key(0), "kernel": jnp.arange(3.0)}
+      >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
+      ...     checkpoints.save(10, state, {"epoch": 1})
+      ...     found = checkpoints.restore(state)
+      >>> found.step, found.metadata, found.tree["kernel"].tolist()
+      (10, {'epoch': 1}, [0.0, 1.0, 2.0])
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int = 2):
+        if keep < 2:
+            raise CheckpointError(
+                f"keep={keep} checkpoints; keep 2 or more, so that a damaged one has one before it."
+            )
+        self.directory = Path(directory).absolute()
+        self.keep = keep
+        self._unreadable: set[int] = set()
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(
+                leaves=ocp.StandardCheckpointHandler(), record=ocp.JsonCheckpointHandler()
+            )
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """The steps that there are checkpoints of, in order; they may turn out to be damaged."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.directory.iterdir() if re.fullmatch(r"\d+", p.name))
+
+    def save(self, step: int, tree: PyTree, metadata: Mapping[str, Any] | None = None) -> None:
+        """Begins to save a tree; waits for the one before it.
+
+        Args:
+          step: later than every readable checkpoint of the folder.
+          tree: arrays of any dtype, sharded or not, with typed PRNG keys; donating them after this
+            call is safe.
+          metadata: small and JSON-like: a configuration's hash, a position in a file.
+
+        Raises:
+          CheckpointError: the folder has a checkpoint of this step or a later one, or the metadata
+            is not JSON. An error of the save before this one (a full disk) is raised here too.
+        """
+        self.wait()
+        self._set_aside()
+        if later := [s for s in self.steps() if s >= step]:
+            raise CheckpointError(
+                f"cannot save step {step}: {self.directory} has step {later[-1]}. Restore it and "
+                "go on from there, or save to another folder."
+            )
+        arrays = [_as_array(leaf) for leaf in jax.tree.leaves(tree)]
+        record = _record(step, tree, digests(arrays))
+        record["metadata"] = dict(metadata or {})
+        try:
+            record["sha256"] = _sha256(record)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the metadata {metadata!r:.200} is not JSON: {error}."
+            ) from error
+        stored = {_slot(i): _own_buffer(x) for i, x in enumerate(map(plain, arrays)) if x.size} or {
+            "none": jnp.zeros(1)
+        }
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._orbax.save(
+            self.directory / str(step),
+            args=ocp.args.Composite(
+                leaves=ocp.args.StandardSave(stored), record=ocp.args.JsonSave(record)
+            ),
+        )
+
+    def wait(self) -> None:
+        """Returns when everything is on disk, and deletes what is older than the `keep` newest."""
+        self._orbax.wait_until_finished()
+        good = [s for s in self.steps() if s not in self._unreadable]
+        if jax.process_index() == 0:
+            for step in good[: -self.keep]:
+                _delete(self.directory / str(step))
+
+    def restore(self, target: PyTree, step: int | None = None) -> Restored:
+        """Reads the newest checkpoint that is whole.
+
+        Args:
+          target: a tree of arrays or ShapeDtypeStructs as was saved; each leaf is restored with its
+            sharding, or on the default device where it has none.
+          step: read this one, and no other.
+
+        Raises:
+          CheckpointError: there is none; none can be read; or its leaves are not the target's.
+        """
+        self.wait()
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{self.directory} has no step {step}; it has {steps}.")
+        if not steps:
+            raise CheckpointError(
+                f"no checkpoints in {self.directory}: nothing was saved there. Is it the right "
+                "folder?"
+            )
+        skipped: list[tuple[int, str]] = []
+        for candidate in reversed(steps) if step is None else [step]:
+            try:
+                tree, metadata = self._read(candidate, target)
+            except _DamagedError as error:
+                skipped.append((candidate, str(error)))
+                continue
+            if skipped:
+                self._unreadable |= {s for s, _ in skipped}
+                warnings.warn(
+                    f"{_list(skipped)} in {self.directory}: going back to step {candidate}, the "
+                    "newest checkpoint that is whole.",
+                    CheckpointWarning,
+                    stacklevel=2,
+                )
+            return Restored(candidate, tree, metadata, tuple(skipped))
+        raise CheckpointError(
+            f"no checkpoint in {self.directory} can be read: {_list(skipped)}. Move the folder "
+            "away to start anew."
+        )
+
+    def close(self) -> None:
+        """Waits, and ends the writing thread."""
+        self.wait()
+        self._orbax.close()
+
+    def _read(self, step: int, target: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        folder = self.directory / str(step)
+        restore = self._orbax.restore
+        # Damage shows as any exception at all: orbax and its storage raise a dozen kinds.
+        try:
+            record = restore(folder, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+            sha256, record = record["sha256"], {k: v for k, v in record.items() if k != "sha256"}
+            intact = sha256 == _sha256(record) and record["step"] == step
+        except Exception as error:
+            raise _DamagedError(f"its record cannot be read ({_brief(error)})") from error
+        if not intact:
+            raise _DamagedError("its record is not what was written")
+        if record["format"] != _FORMAT:
+            raise CheckpointError(
+                f"{folder} has checkpoint format {record['format']}; this version of effjax reads "
+                f"{_FORMAT}."
+            )
+        wanted = [_as_array(leaf) for leaf in jax.tree.leaves(target)]
+        _check_match(record["leaves"], _record(step, target, [""] * len(wanted))["leaves"], folder)
+        stored = {_slot(i): _stored_spec(x) for i, x in enumerate(wanted) if x.size}
+        try:
+            args = ocp.args.Composite(
+                leaves=ocp.args.StandardRestore(stored or {"none": _stored_spec(jnp.zeros(1))})
+            )
+            found = restore(folder, args=args).leaves
+            arrays = [
+                _restored(found.get(_slot(i)), leaf, entry)
+                for i, (leaf, entry) in enumerate(zip(wanted, record["leaves"], strict=True))
+            ]
+            read = digests(arrays)
+        except Exception as error:
+            raise _DamagedError(f"its leaves cannot be read ({_brief(error)})") from error
+        entries = zip(record["leaves"], read, strict=True)
+        if changed := [e["path"] for e, digest in entries if e["digest"] != digest]:
+            raise _DamagedError(f"the leaves {changed[:3]} are not what was written")
+        return jax.tree.unflatten(jax.tree.structure(target), arrays), record["metadata"]
+
+    def _set_aside(self) -> None:
+        """Renames what was found damaged, so that its step can be saved again."""
+        for step in sorted(self._unreadable):
+            folder = self.directory / str(step)
+            if jax.process_index() == 0 and folder.exists():
+                aside = folder.with_name(folder.name + _UNREADABLE)
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+        self._unreadable.clear()
+
+
+class _DamagedError(Exception):
+    """One checkpoint cannot be read."""
+
+
+def _record(step: int, tree: PyTree, digests: list[str]) -> dict[str, Any]:
+    entries = [
+        {"path": path, "dtype": str(x.dtype), "shape": list(x.shape), "impl": _impl(x), "digest": d}
+        for (path, leaf), d in zip(leaves(tree).items(), digests, strict=True)
+        for x in [_as_array(leaf)]
+    ]
+    return {"format": _FORMAT, "step": step, "leaves": entries}
+
+
+def _check_match(saved: list[dict], wanted: list[dict], folder: Path) -> None:
+    def spec(entry: dict) -> str:
+        return f"{entry['dtype']}{entry['shape']}"
+
+    have = {e["path"]: spec(e) for e in saved}
+    want = {e["path"]: spec(e) for e in wanted}
+    problems = [f"{p!r} is only in the checkpoint" for p in have if p not in want]
+    problems += [f"{p!r} is only in the target" for p in want if p not in have]
+    problems += [
+        f"{p!r} is {have[p]} in the checkpoint and {want[p]} in the target"
+        for p in have
+        if p in want and have[p] != want[p]
+    ]
+    if not problems and list(have) != list(want):
+        problems = ["the leaves come in another order"]
+    if problems:
+        more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise CheckpointError(
+            f"{folder} was saved from another model, transform or optimizer: "
+            f"{'; '.join(problems[:8])}{more}. Restore it with the configuration it was made with, "
+            "or use another folder."
+        )
+
+
+def _slot(index: int) -> str:
+    return f"leaf{index:05d}"
+
+
+def _as_array(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, (Array, jax.ShapeDtypeStruct)) else jnp.asarray(leaf)
+
+
+def _impl(x: Any) -> str | None:
+    return str(jax.random.key_impl(x)) if isinstance(x, Array) and is_key(x) else None
+
+
+def _own_buffer(x: Array) -> Array:
+    # On CPU "copying to the host" is looking at the same memory, which a donated buffer reuses.
+    return jnp.copy(x) if all(d.platform == "cpu" for d in x.devices()) else x
+
+
+def _sharding(x: Any) -> jax.sharding.Sharding:
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return getattr(x, "sharding", None) or default
+
+
+def _stored_spec(x: Any) -> jax.ShapeDtypeStruct:
+    """What orbax is to read for a leaf, and onto which devices."""
+    sharding = _sharding(x)
+    if is_key(x):
+        x = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _restored(found: Array | None, wanted: Any, entry: dict[str, Any]) -> Array:
+    if found is None:
+        # Of size 0: there was nothing to save.
+        found = jax.device_put(jnp.zeros(wanted.shape, wanted.dtype), _sharding(wanted))
+    if is_key(wanted):
+        found = jax.random.wrap_key_data(found, impl=entry["impl"])
+    return found
+
+
+def _sha256(record: Mapping[str, Any]) -> str:
+    text = json.dumps(record, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _delete(folder: Path) -> None:
+    # Under another name first: a kill halfway must leave nothing that looks like a checkpoint.
+    doomed = folder.with_name(folder.name + ".deleted")
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _list(skipped: list[tuple[int, str]]) -> str:
+    return "; ".join(f"the checkpoint of step {step} is damaged: {why}" for step, why in skipped)
+
+
+def _brief(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:120]}"
