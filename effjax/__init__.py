@@ -1,6 +1,7 @@
 """effjax: quantization, sparsity, distillation and architecture search in one JAX train step."""
 
 from effjax import distill, errors, nas, prune, quantize, schedules
+from effjax.attach import Attached, NNXOptimizer, attach
 from effjax.core import Ctx, Setup, Transform, Vars, chain
 from effjax.cost import footprint, latency
 from effjax.model import Model, from_linen, from_nnx
@@ -8,14 +9,17 @@ from effjax.sharding import Layout, state_shardings
 from effjax.step import Mean, TrainState, export, forward, init_state, make_eval, make_step
 
 __all__ = [
+    "Attached",
     "Ctx",
     "Layout",
     "Mean",
     "Model",
+    "NNXOptimizer",
     "Setup",
     "TrainState",
     "Transform",
     "Vars",
+    "attach",
     "chain",
     "distill",
     "errors",

@@ -102,8 +102,8 @@ def _describe(params: PyTree, extra: PyTree, state: PyTree) -> dict[str, dict[st
 class Transform(NamedTuple):
     """An efficiency technique as pure functions, each the identity by default.
 
-    init      `(key, params, setup) -> (extra, state)`: works under `jax.eval_shape`, and raises what
-              can be known to be wrong before the first step.
+    init      `(key, params, setup) -> (extra, state)`: works under `jax.eval_shape`, and raises
+              what can be known to be wrong before the first step.
     batch     `(batch, state, ctx) -> batch`: the data; augmentation, label mixing.
     view      `(params, extra, state, ctx) -> params`: the weights the forward pass sees;
               differentiable.
@@ -121,9 +121,9 @@ class Transform(NamedTuple):
     adds what it measures to the `aux` dict it received, and `loss`, `update` and `report` find that
     (and nothing of the other transforms') as their `aux`.
 
-    The facts that `describe` may give of a params path: "weight_bits" and "act_bits" (int), "scales"
-    (number of scale values stored beside the weights), "sparsity" (fraction of zeros), "channels"
-    (channels kept).
+    The facts that `describe` may give of a params path: "weight_bits" and "act_bits" (int),
+    "scales" (number of scale values stored beside the weights), "sparsity" (fraction of zeros),
+    "channels" (channels kept).
 
     `kind` says what the transform does to the weights; `chain` uses it to refuse a wrong order.
     `state` and `extra` are trees of arrays without None leaves, and `update` keeps their structure,
@@ -205,8 +205,8 @@ def _check_order(flat: list[tuple[str, Transform]]) -> None:
         if STAGES[a.kind] > STAGES[b.kind]:
             right = sorted(staged, key=lambda member: STAGES[member[1].kind])
             raise ChainError(
-                f"{first!r} ({a.kind}) comes before {second!r} ({b.kind}): its values and ranges would "
-                f"be fitted to weights that {second!r} then removes or moves. Write "
+                f"{first!r} ({a.kind}) comes before {second!r} ({b.kind}): its values and ranges "
+                f"would be fitted to weights that {second!r} then removes or moves. Write "
                 f"chain({', '.join(f'{n}=...' for n, _ in right)}), "
                 "or pass allow_order=True if this order is what you study."
             )

@@ -104,8 +104,8 @@ def owners(tree: PyTree, params: PyTree) -> dict[str, str]:
     """Which params leaf each leaf of another tree belongs to.
 
     A leaf belongs to a params leaf if its path ends in that leaf's path (the longest one wins) and
-    it has the same shape. This finds Adam's moments, a momentum trace, an average of the weights, or
-    a mask, in any optax state, also behind `optax.partition`, without knowing their types.
+    it has the same shape. This finds Adam's moments, a momentum trace, an average of the weights,
+    or a mask, in any optax state, also behind `optax.partition`, without knowing their types.
 
     Returns:
       {path name in `tree`: path name in `params`}; leaves that belong to none are left out.

@@ -1,8 +1,9 @@
 """Layouts: which mesh a run is on, and which leaf of its state lies where."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,10 +14,12 @@ from effjax.errors import ShardingError
 from effjax.select import leaves, map_named, owners
 
 
-class Layout(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Layout:
     """A mesh, and rules for params paths.
 
-    mesh: `jax.make_mesh((4, 2), ("data", "model"))`.
+    mesh: `jax.make_mesh((4, 2), ("data", "model"))`. Its axes are taken as automatic: the compiler
+      places what lies between the state and the batch.
     rules: (pattern, PartitionSpec) pairs; the first pattern that matches a params path
       (`re.search`) says how that leaf is split. Leaves that match none are replicated.
     batch: the mesh axes that the batch's first axis is split over; by default all of them.
@@ -25,6 +28,9 @@ class Layout(NamedTuple):
     mesh: Mesh
     rules: Sequence[tuple[str, PartitionSpec]] = ()
     batch: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mesh", Mesh(self.mesh.devices, self.mesh.axis_names))
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
@@ -69,8 +75,8 @@ class Layout(NamedTuple):
             if np.ndim(leaf) == 0 or np.shape(leaf)[0] % ways:
                 raise ShardingError(
                     f"batch[{name!r}] has shape {np.shape(leaf)}, and the mesh axes "
-                    f"{self.batch_axes} split its first axis {ways} ways. Use a batch size that is a "
-                    f"multiple of {ways}, or name fewer axes in Layout(batch=...)."
+                    f"{self.batch_axes} split its first axis {ways} ways. Use a batch size that is "
+                    f"a multiple of {ways}, or name fewer axes in Layout(batch=...)."
                 )
         return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(self.batch_axes)))
 
@@ -115,7 +121,7 @@ def check_grouped_convolutions(
     grouped = [s.path for s in find_sites(apply, params, model_state, batch) if s.groups > 1]
     if grouped:
         raise ShardingError(
-            f"the grouped convolutions {grouped} on a mesh {dict(layout.mesh.shape)} with the batch "
-            f"split over {layout.batch_axes} only: XLA would multiply their gradients by the size of "
-            f"{whole}. Split the batch over every axis: Layout(mesh, rules, batch=None)."
+            f"the grouped convolutions {grouped} on a mesh {dict(layout.mesh.shape)} with the "
+            f"batch split over {layout.batch_axes} only: XLA would multiply their gradients by the "
+            f"size of {whole}. Split the batch over every axis: Layout(mesh, rules, batch=None)."
         )

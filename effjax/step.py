@@ -39,6 +39,11 @@ class Pass(NamedTuple):
     aux: dict[str, PyTree]  # what its wraps measured
     model_state: PyTree
 
+    @property
+    def loss(self) -> Array:
+        """The sum of the transform's loss terms."""
+        return sum(self.losses.values(), jnp.zeros(()))
+
 
 class Mean(NamedTuple):
     """A sum and a weight, so that means over batches of different sizes merge correctly."""
@@ -164,7 +169,7 @@ def make_step(
 
     Returns:
       `step(state, batch, frozen=None) -> (state, metrics)`, with metrics {"loss": the objective,
-      "task": the user's loss, the transform's loss terms and reports by "name/term", and the user's}.
+      "task": the user's loss, the transform's terms and reports by "name/term", and the user's}.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

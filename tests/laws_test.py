@@ -1,0 +1,117 @@
+"""Every transform, and every pair, through the laws. A new transform joins TRANSFORMS."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import effjax as ej
+from effjax.testing import LAWS, Case, check_transform
+from tests import nets
+
+MODELS = {"linen": nets.linen, "nnx": nets.nnx_, "raw": nets.raw}
+TEACHER = nets.linen(features=16)
+
+
+def width(model):
+    groups = (
+        {"hidden": r"^hidden/"}
+        if model == "raw"
+        else {"one": r"^(conv1|norm1)/", "two": r"^(conv2|norm2)/"}
+    )
+    return ej.nas.width(groups, choices=(0.5, 1.0), samples=1)
+
+
+# name -> (model name -> Transform); the order is the order in which a chain takes them.
+TRANSFORMS = {
+    "width": width,
+    "magnitude": lambda model: ej.prune.magnitude(0.5, begin=0, end=3),
+    "magnitude_global": lambda model: ej.prune.magnitude(0.8, begin=1, end=3, scope="global"),
+    "qat": lambda model: ej.quantize.qat(),
+    "qat_static": lambda model: ej.quantize.qat(ranges="static", start=1),
+    "distill": lambda model: ej.distill.logits(TEACHER.apply, temperature=2.0),
+}
+
+
+def teacher():
+    return ej.distill.Teacher(*TEACHER.init(jax.random.key(9), nets.BATCH))
+
+
+def case(model, **transforms):
+    chained = ej.chain(**{name: make(model) for name, make in transforms.items()})
+    frozen = {"distill": teacher()} if "distill" in transforms else None
+    params = MODELS[model]().init(jax.random.key(0), nets.BATCH)[0]
+    rules = [
+        (f"^{path}$", PartitionSpec(*[None] * (x.ndim - 1), "model"))
+        for path, x in ej.select.leaves(params).items()
+        if path.endswith("kernel") and x.shape[-1] % 8 == 0
+    ]
+    return Case(chained, MODELS[model](), nets.BATCH, nets.loss, frozen=frozen, rules=tuple(rules))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_every_transform(name, model):
+    check_transform(case(model, **{name: TRANSFORMS[name]}))
+
+
+PAIRS = list(itertools.combinations(TRANSFORMS, 2))
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_every_pair(first, second):
+    check_transform(
+        case("linen", **{n: TRANSFORMS[n] for n in (first, second)}), laws=[3, 5, 7, 9, 13]
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_all_four(model):
+    names = ("width", "magnitude", "qat_static", "distill")
+    check_transform(case(model, **{name: TRANSFORMS[name] for name in names}))
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_linen_and_nnx_give_the_same_numbers(name):
+    """Law 11. Without dropout, whose keys the two libraries derive differently."""
+    frozen = {"t": teacher()} if name == "distill" else None
+    given = nets.nnx_(dropout=0.0).init(jax.random.key(0), nets.BATCH)
+    runs = []
+    for model, (params, stats) in (
+        (nets.nnx_(dropout=0.0), given),
+        (nets.linen(dropout=0.0), nets.from_nnx_state(*given)),
+    ):
+        transform = ej.chain(t=TRANSFORMS[name]("linen"))
+        one = Case(transform, model, nets.BATCH, nets.loss, frozen=frozen)
+        state = one.init(params=params, model_state=stats)
+        for _ in range(3):
+            state, metrics = one.jitted(state, nets.BATCH, frozen)
+        runs.append((state.vars, metrics))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), *runs)
+
+
+def broken(**hooks):
+    return Case(ej.Transform(**hooks), nets.raw(), nets.BATCH, nets.loss, rules=())
+
+
+BREAKERS = {
+    3: {
+        "init": lambda k, p, s: ({}, {"n": jnp.float32(0)}),
+        "update": lambda v, o, s, g, a, c: (v, o, {"n": s["n"].astype("bfloat16")}),
+    },
+    5: {"view": lambda p, e, s, c: jax.tree.map(lambda x: 0.5 * x, p)},
+    6: {"view": lambda p, e, s, c: jax.tree.map(lambda x: jnp.sqrt(0 * x), p)},
+}
+
+
+@pytest.mark.parametrize("law", BREAKERS)
+def test_a_broken_transform_is_caught(law):
+    with pytest.raises(AssertionError, match=f"law {law} "):
+        check_transform(broken(**BREAKERS[law]), laws=[law])
+
+
+def test_the_table_has_every_law_that_can_be_checked_from_outside():
+    assert set(LAWS) == {1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13}
