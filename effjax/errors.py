@@ -31,3 +31,7 @@ class SiteError(EffjaxError):
 
 class CheckpointError(EffjaxError):
     """A checkpoint that cannot be read, or that belongs to another run."""
+
+
+class ReportError(EffjaxError):
+    """Results that cannot be shown as asked: missing seeds, doubled runs, values without order."""
