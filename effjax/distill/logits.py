@@ -1,0 +1,155 @@
+"""Logit distillation: the student learns the softened outputs of a teacher."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from effjax.core import Apply, Ctx, Forward, Metrics, PyTree, Setup, Transform, abstract_key
+from effjax.distill.losses import check_logits, kl
+from effjax.errors import SetupError
+from effjax.schedules import Scalar, Schedule, as_schedule, is_traced
+
+
+class Teacher(NamedTuple):
+    """A trained model as the step's frozen input: `frozen={"kd": Teacher(params, model_state)}`."""
+
+    params: PyTree
+    model_state: PyTree
+
+
+def logits(
+    teacher: Apply,
+    *,
+    temperature: Scalar | Schedule = 4.0,
+    alpha: Scalar | Schedule = 1.0,
+    student_logits: Callable[[PyTree], Array] = lambda outputs: outputs,
+    teacher_logits: Callable[[PyTree], Array] = lambda outputs: outputs,
+    dtype: Any = None,
+) -> Transform:
+    """Distils a teacher's logits into the model.
+
+    Adds the loss term "kl" = alpha * mean over examples of T^2 KL(teacher / T || student / T), see
+    `losses.kl`, to the task's loss. For Hinton's (1 - a) CE + a T^2 KL give alpha=a and scale
+    your own loss by 1 - a.
+
+    The teacher runs in evaluation mode on the batch as the student sees it, augmented, once a
+    step, in training only. Its weights are the step's frozen input, an argument of the program:
+    no gradient is computed for them, and any weights of that shape serve without compiling again.
+    Placed first in the chain it is outside of every other transform's `wrap`, which then have
+    less to trace.
+
+    Args:
+      teacher: `model.apply` of the teacher.
+      temperature: T > 0; a number, a traced value, or a schedule (step -> value).
+      alpha: weight of the term >= 0; a number, a traced value, or a schedule.
+      student_logits: from the student's outputs to its logits, floating [..., classes].
+      teacher_logits: from the teacher's outputs to its logits, of the same shape.
+      dtype: run the teacher in this dtype (`jnp.bfloat16`): floating params and batch entries are
+        cast.
+
+    Returns:
+      A Transform of kind "distill", without trainable leaves or state, whose frozen input is a
+      `Teacher(params, model_state)` or such a pair. It reports "agreement", the fraction of
+      examples for which student and teacher choose one class, "temperature" and "alpha".
+
+    Raises:
+      SetupError: here, for a teacher that is no function or a number out of range; at `init`, for a
+        missing teacher, or logits of different shapes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import effjax as ej
+      >>> def apply(params, model_state, batch, key, train):
+      ...     return batch["x"] @ params["kernel"], model_state
+      >>> student = ej.Model(lambda key, batch: ({"kernel": jnp.zeros((4, 2))}, {}), apply)
+      >>> batch, tx = {"x": jnp.eye(4)}, optax.sgd(0.1)
+      >>> frozen = {"kd": ej.distill.Teacher({"kernel": jnp.ones((4, 2))}, {})}
+      >>> kd = ej.chain(kd=ej.distill.logits(apply, temperature=2.0))
+      >>> state = ej.init_state(jax.random.key(0), student, kd, tx, batch, frozen)
+      >>> step = ej.make_step(apply, kd, lambda outputs, batch: jnp.mean(outputs**2), tx)
+      >>> state, metrics = step(state, batch, frozen)
+      >>> float(metrics["kd/kl"]), float(metrics["kd/agreement"])
+      (0.0, 1.0)
+
+    Reference: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015,
+      https://arxiv.org/abs/1503.02531.
+    """
+    if not callable(teacher):
+        raise SetupError(
+            f"distill.logits got a {type(teacher).__name__} as teacher; it takes the function that "
+            "runs it, `model.apply`. The teacher's weights go into the step's frozen argument."
+        )
+    if not (callable(temperature) or is_traced(temperature)) and not 0 < temperature < float("inf"):
+        raise SetupError(f"the temperature is {temperature}; it divides logits, so it is > 0.")
+    if not (callable(alpha) or is_traced(alpha)) and not 0 <= alpha < float("inf"):
+        raise SetupError(f"alpha is {alpha}; it weights a loss, so it is >= 0.")
+    temperature_at, alpha_at = as_schedule(temperature), as_schedule(alpha)
+
+    def run_teacher(frozen: PyTree, batch: PyTree, key: Array) -> Array:
+        params, model_state = _check_teacher(frozen)
+        if dtype is not None:
+            params, batch = _cast((params, batch), dtype)
+        outputs, _ = teacher(params, model_state, batch, key, False)
+        return teacher_logits(outputs)
+
+    def init(key: Array, params: PyTree, setup: Setup) -> tuple[PyTree, PyTree]:
+        _check_teacher(setup.frozen)
+        taught = jax.eval_shape(run_teacher, setup.frozen, setup.batch, abstract_key())
+        student = jax.eval_shape(student_logits, setup.trace(params)[0])
+        check_logits(student, taught)
+        return {}, {}
+
+    def wrap(forward: Forward, extra: PyTree, state: PyTree, ctx: Ctx) -> Forward:
+        if not ctx.train:
+            return forward
+
+        def taught_forward(params, model_state, batch, key, train):
+            outputs, model_state, aux = forward(params, model_state, batch, key, train)
+            taught = jax.lax.stop_gradient(run_teacher(ctx.frozen, batch, key))
+            return (
+                outputs,
+                model_state,
+                {**aux, "teacher": taught, "agreement": agree(outputs, taught)},
+            )
+
+        return taught_forward
+
+    def agree(outputs: PyTree, taught: Array) -> Array:
+        same = jnp.argmax(student_logits(outputs), axis=-1) == jnp.argmax(taught, axis=-1)
+        return jnp.mean(same, dtype=jnp.float32)
+
+    def loss(outputs, batch, aux, extra, state, ctx) -> Metrics:
+        distance = kl(student_logits(outputs), aux["teacher"], temperature_at(ctx.step))
+        return {"kl": alpha_at(ctx.step) * jnp.mean(distance)}
+
+    def report(vars, state, aux, ctx) -> Metrics:
+        return {
+            "agreement": aux["agreement"],
+            "temperature": jnp.asarray(temperature_at(ctx.step), jnp.float32),
+            "alpha": jnp.asarray(alpha_at(ctx.step), jnp.float32),
+        }
+
+    return Transform(init=init, wrap=wrap, loss=loss, report=report, kind="distill")
+
+
+def _check_teacher(frozen: PyTree) -> Teacher:
+    if frozen is None:
+        raise SetupError(
+            "distill.logits got no teacher. Give its weights to init_state and to each step: "
+            "frozen={'kd': Teacher(params, model_state)}, under the transform's name in the chain."
+        )
+    if not isinstance(frozen, tuple | list) or len(frozen) != 2:
+        raise SetupError(
+            f"the teacher given as frozen input is a {type(frozen).__name__}; it is a pair "
+            "Teacher(params, model_state), with {} for a model without state."
+        )
+    return Teacher(*frozen)
+
+
+def _cast(tree: PyTree, dtype: Any) -> PyTree:
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
