@@ -81,20 +81,38 @@ def cubic(final: Scalar, begin: int, end: int, initial: Scalar = 0.0) -> Schedul
 
 
 class Window(NamedTuple):
-    """The steps at which something is updated: `begin`, `begin + every`, ..., up to `end` (included)."""
+    """The steps at which something is updated: `begin`, `begin + every`, ..., up to `end` (included).
+
+    Without an end it goes on for ever; with `end == begin` it is that one step.
+    """
 
     begin: int
-    end: int
+    end: int | None
     every: int = 1
 
+    @classmethod
+    def once(cls, step: int) -> "Window":
+        """The window of one step."""
+        return cls(step, step)
+
     def check(self, what: str) -> "Window":
-        """Itself, or ScheduleError if it is empty or its stride is not positive."""
-        check_window(self.begin, self.end, what)
+        """Itself, or ScheduleError if it ends before it begins or its stride is not positive."""
+        if self.end != self.begin:
+            check_window(self.begin, self.begin + 1 if self.end is None else self.end, what)
+        elif self.begin < 0:
+            raise ScheduleError(f"{what} happens at step {self.begin}; steps count from 0.")
         if self.every < 1:
             raise ScheduleError(f"{what} happens every {self.every} steps; use 1 or more.")
         return self
 
     def contains(self, step: Array) -> Array:
-        """Whether the window updates at this step; always at `end`, so that the final value is met."""
-        inside = (step >= self.begin) & (step <= self.end)
-        return inside & (((step - self.begin) % self.every == 0) | (step == self.end))
+        """Whether the window updates at this step; always at `end`, so that the final value is met.
+
+        Args:
+          step: int32 scalar, or a Python integer.
+
+        Returns:
+          bool scalar.
+        """
+        due = (step >= self.begin) & ((step - self.begin) % self.every == 0)
+        return due if self.end is None else (due & (step <= self.end)) | (step == self.end)

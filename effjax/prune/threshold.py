@@ -1,0 +1,173 @@
+"""Exactly the k largest scores, of one leaf or of many together, without sorting or gathering them.
+
+Non-negative floats order like their bit patterns read as unsigned integers, so the k-th largest is
+found by searching over patterns: count the scores at or above a candidate, and narrow the interval.
+Each pass reads the scores once and needs only their count, which is an all-reduce of one number
+where they are sharded: no leaf is sorted, gathered, reshaped or concatenated.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from effjax.errors import SetupError
+from effjax.prune.counts import INT32, Count, count
+
+Number = int | Array | Count
+
+
+def largest(
+    scores: Mapping[str, Array], keep: Number | Mapping[str, Number], limit: int = INT32
+) -> dict[str, Array]:
+    """Masks of exactly the largest scores.
+
+    Of equal scores those that come first are kept: by the order of the dict, then in row-major order.
+    NaN counts as larger than everything, so that it is not pruned away unseen.
+
+    Args:
+      scores: {path: float [...]}, none negative; of 32 bits or fewer, mixed as you like.
+      keep: how many to keep, from 0 up to all of them: one number for all leaves taken together, or
+        {path: number} for each leaf by itself. Python integers, int32 scalars or Counts.
+      limit: leaves with this many entries or more are counted and indexed in digits.
+
+    Returns:
+      {path: bool [...]}, shaped and sharded like the scores.
+
+    Raises:
+      SetupError: scores that are not floating point, or wider than 32 bits.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scores = {"a": jnp.array([3.0, 1.0, 2.0]), "b": jnp.array([2.0, 5.0])}
+      >>> {path: mask.tolist() for path, mask in largest(scores, 3).items()}
+      {'a': [True, False, True], 'b': [False, True]}
+      >>> {path: mask.tolist() for path, mask in largest(scores, {"a": 1, "b": 1}).items()}
+      {'a': [True, False, False], 'b': [False, True]}
+    """
+    patterns, top = _patterns(scores)
+    together = not isinstance(keep, Mapping)
+    if isinstance(keep, Mapping):
+        wanted = Count.stack([Count.of(keep[path]) for path in scores])
+    else:
+        wanted = Count.stack([Count.of(keep)])
+
+    def pool(counts: list[Count]) -> Count:
+        stacked = Count.stack(counts)
+        return Count.stack([stacked.sum()]) if together else stacked
+
+    def each(values: Array) -> list[Array]:
+        return [values[0 if together else i].astype(x.dtype) for i, x in enumerate(patterns)]
+
+    def at_or_above(pattern: Array) -> Count:
+        pairs = zip(patterns, each(pattern), strict=True)
+        return pool([count(x >= p, limit) for x, p in pairs])
+
+    size = pool([Count.of(x.size) for x in patterns])
+    threshold, found = _search(at_or_above, wanted, size, jnp.full(size.high.shape, top))
+    surplus = found.minus(wanted)
+    bounds = each(threshold)
+
+    def with_ties() -> list[Array]:
+        ties = [x == p for x, p in zip(patterns, bounds, strict=True)]
+        tied = Count.stack([count(tie, limit) for tie in ties])
+        drop = surplus.minus(tied.after()).minimum(tied) if together else surplus
+        dropped = _last(ties, tied, drop, limit)
+        return [(x >= p) & ~d for x, p, d in zip(patterns, bounds, dropped, strict=True)]
+
+    def without() -> list[Array]:
+        return [x >= p for x, p in zip(patterns, bounds, strict=True)]
+
+    masks = lax.cond(jnp.all(found.equals(wanted)), without, with_ties)
+    return dict(zip(scores, masks, strict=True))
+
+
+def _patterns(scores: Mapping[str, Array]) -> tuple[list[Array], Array]:
+    """The scores' bit patterns as unsigned integers of one width, and a bound above all of them."""
+    for path, score in scores.items():
+        if not jnp.issubdtype(score.dtype, jnp.floating) or jnp.finfo(score.dtype).bits > 32:
+            raise SetupError(
+                f"the scores of {path!r} are {score.dtype}; thresholds are found among floating-point "
+                "scores of 32 bits or fewer. Convert them first: score.astype(jnp.float32)."
+            )
+    dtype = jnp.result_type(*scores.values())
+    bits = jnp.finfo(dtype).bits
+    unsigned = jnp.dtype(f"uint{bits}")
+    patterns = [lax.bitcast_convert_type(s.astype(dtype), unsigned) for s in scores.values()]
+    return patterns, jnp.uint32(2 ** (bits - 1))
+
+
+def _search(
+    counts: Callable[[Array], Count], wanted: Count, size: Count, top: Array
+) -> tuple[Array, Count]:
+    """The largest x below `top` with counts(x) >= wanted, or any x with counts(x) == wanted.
+
+    Several searches at once: all arguments have an axis [n].
+
+    Args:
+      counts: uint32 [n] -> Count [n], never increasing in x; counts(0) is `size`, counts(top) is 0.
+      wanted: at most `size`.
+
+    Returns:
+      (x, counts(x)), x uint32 [n].
+    """
+    # Invariant: counts(low) >= wanted > counts(high), and low == high only at `top`.
+    all_of_them, none = wanted.equals(size), wanted.equals(Count.of(0))
+    low = jnp.where(none, top, 0).astype(jnp.uint32)
+    high = jnp.where(all_of_them & ~none, 1, top).astype(jnp.uint32)
+    at_low = Count.of(jnp.zeros(top.shape, jnp.int32)).where(none, size)
+
+    def unfinished(carry) -> Array:
+        low, high, _ = carry
+        return jnp.any(high - low > 1)
+
+    def narrow(carry):
+        low, high, at_low = carry
+        middle = low + (high - low) // 2
+        found = counts(middle)
+        enough = found.at_least(wanted)
+        high = jnp.where(enough, high, middle)
+        high = jnp.where(found.equals(wanted), middle + 1, high)
+        return jnp.where(enough, middle, low), high, found.where(enough, at_low)
+
+    low, _, at_low = lax.while_loop(unfinished, narrow, (low, high, at_low))
+    return low, at_low
+
+
+def _last(ties: list[Array], tied: Count, drop: Count, limit: int) -> list[Array]:
+    """In each of n bool arrays, the last `drop` [n] of the `tied` [n] entries that are True."""
+    levels = [_positions(tie.shape, limit) for tie in ties]
+    depth = max(len(level) for level in levels)
+    dropped = [jnp.zeros_like(tie) for tie in ties]
+    for level in range(-depth, 0):
+        # An array with fewer levels has one position, 0, at the outer ones.
+        at = [x[level] if -level <= len(x) else (jnp.uint32(0), 1) for x in levels]
+        places, sizes = [place for place, _ in at], [size for _, size in at]
+
+        def from_place(x: Array, ties: list[Array] = ties, places: list[Array] = places) -> Count:
+            flags = [t & (p >= x[i]) for i, (t, p) in enumerate(zip(ties, places, strict=True))]
+            return Count.stack([count(f, limit) for f in flags])
+
+        place, _ = _search(from_place, drop, tied, jnp.asarray(sizes, jnp.uint32))
+        beyond = [t & (p > place[i]) for i, (t, p) in enumerate(zip(ties, places, strict=True))]
+        dropped = [d | b for d, b in zip(dropped, beyond, strict=True)]
+        drop = drop.minus(Count.stack([count(b, limit) for b in beyond]))
+        ties = [t & (p == place[i]) for i, (t, p) in enumerate(zip(ties, places, strict=True))]
+        tied = Count.stack([count(t, limit) for t in ties])
+    # At the innermost level each place is one entry: what is left is what is still to be dropped.
+    return [d | t for d, t in zip(dropped, ties, strict=True)]
+
+
+def _positions(shape: tuple[int, ...], limit: int) -> list[tuple[Array, int]]:
+    """Row-major positions, outer levels first: (uint32 [shape], number of positions) with as many
+    trailing axes in a level as an int32 can index."""
+    levels: list[tuple[Array, int]] = []
+    axis = len(shape)
+    while axis > 0 or not levels:
+        place, size = jnp.zeros(shape, jnp.uint32), 1
+        while axis > 0 and (size == 1 or size * shape[axis - 1] < limit):
+            axis -= 1
+            place = place + lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(size)
+            size *= shape[axis]
+        levels.insert(0, (place, size))
+    return levels
