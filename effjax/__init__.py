@@ -4,7 +4,7 @@ from effjax import distill, errors, nas, prune, quantize, schedules
 from effjax.attach import Attached, NNXOptimizer, attach
 from effjax.core import Ctx, Setup, Transform, Vars, chain
 from effjax.cost import footprint, latency
-from effjax.model import Model, from_linen, from_nnx
+from effjax.model import Model, from_function, from_linen, from_nnx
 from effjax.sharding import Layout, state_shardings
 from effjax.step import Mean, TrainState, export, forward, init_state, make_eval, make_step
 
@@ -26,6 +26,7 @@ __all__ = [
     "export",
     "footprint",
     "forward",
+    "from_function",
     "from_linen",
     "from_nnx",
     "init_state",

@@ -1,7 +1,7 @@
 """Transforms in a training loop of your own, in Linen, NNX or raw JAX.
 
 `attach` replaces `tx.init`: what it returns stands where the optimizer's state stood, and carries
-the transform's state with it. `NNXOptimizer` does the same for loops written around `nnx.Optimizer`.
+the transform's state with it. `NNXOptimizer` does so for loops around `nnx.Optimizer`.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Attached:
     tx: optax.GradientTransformation | None = dataclasses.field(metadata={"static": True})
 
     def forward(self, vars: Vars, batch: PyTree, frozen: PyTree = None, train: bool = True) -> Pass:
-        """The model as the transform makes it. Differentiate your loss plus the result's `.loss`."""
+        """The model as the transform makes it. Differentiate your loss plus its `.loss`."""
         ctx = self._ctx(frozen, train)
         args = (self.apply, self.transform, vars, self.model_state, self.state)
         return forward(*args, batch, ctx)
@@ -71,7 +71,7 @@ class Attached:
 
 def attach(
     key: Array,
-    apply: Apply,
+    model: Model | Apply,
     transform: Transform,
     params: PyTree,
     batch: PyTree,
@@ -85,8 +85,8 @@ def attach(
 
     Args:
       key: randomness of the transform and of the model (dropout).
-      apply: `(params, model_state, batch, key, train) -> (outputs, model_state)`; `from_linen`
-        makes it from a module.
+      model: `from_linen(module)`, `from_function(f)`, or your own
+        `apply(params, model_state, batch, key, train) -> (outputs, model_state)`.
       transform: usually a `chain`.
       params: the model's weights as they are; they are copied.
       batch: an example batch, or its shapes.
@@ -101,10 +101,10 @@ def attach(
     Raises:
       EffjaxError: what the transform can know to be wrong before the first step.
     """
-    model = Model(lambda key, batch: (params, model_state), apply)
+    apply = model.apply if isinstance(model, Model) else model
     state = init_state(
         key,
-        model,
+        Model(lambda key, batch: (params, model_state), apply),
         transform,
         tx or optax.identity(),
         batch,
@@ -174,7 +174,7 @@ class NNXOptimizer(nnx.Optimizer):
     def forward(
         self, model: nnx.Module, batch: PyTree, frozen: PyTree = None, train: bool = True
     ) -> Pass:
-        """The model as the transform makes it. Differentiate your loss plus the result's `.loss`."""
+        """The model as the transform makes it. Differentiate your loss plus its `.loss`."""
         params, model_state = _states(model)
         vars = Vars(params, self.extra)
         ctx = self._ctx(frozen, train)
@@ -204,7 +204,8 @@ class NNXOptimizer(nnx.Optimizer):
 
 
 def _states(model: nnx.Module) -> tuple[PyTree, PyTree]:
-    _, params, _, rest = nnx.split(model, nnx.Param, nnx.RngState, ...)
+    _, *states = nnx.split(model, nnx.Param, nnx.RngState, ...)
+    params, _, rest = states
     return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
 

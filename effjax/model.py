@@ -141,6 +141,22 @@ def from_nnx(module: Any, inputs: Inputs = "image") -> Model:
     return Model(init, apply)
 
 
+def from_function(f: Callable[..., PyTree], inputs: Inputs = "image") -> Apply:
+    """An `apply` from a plain function `f(params, inputs)` without state, dropout or modes.
+
+    Args:
+      f: the model in plain JAX.
+      inputs: the batch's entry that it is called with, or a function from the batch to it (a tuple is
+        passed as several arguments).
+    """
+    arguments = _inputs(inputs)
+
+    def apply(params, model_state, batch, key, train):
+        return f(params, *arguments(batch)), model_state
+
+    return apply
+
+
 def _fill(template: PyTree, pure: PyTree, what: str) -> PyTree:
     """A State with the template's Variables and the leaves of a dict of arrays."""
     wanted, structure = jax.tree.flatten(template)

@@ -125,7 +125,7 @@ def _identity(case: Case) -> None:
     _equal((got.vars, got.opt, got.model_state), hand(*args), "the chain() step")
     # Without the metrics nothing may be computed that the plain step does not; the step counter is
     # one addition.
-    flops, floor = (int(c.cost_analysis().get("flops", 0)) for c in (step, hand))
+    flops, floor = (int((c.cost_analysis() or {}).get("flops", 0)) for c in (step, hand))
     assert flops <= floor + 1, f"chain() compiles to {flops} FLOPs, the plain step to {floor}"
 
 
@@ -223,7 +223,7 @@ def _resume(case: Case) -> None:
 def _through_host(x: Array) -> Array:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(
-            np.asarray(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+            jnp.asarray(np.asarray(jax.random.key_data(x))), impl=jax.random.key_impl(x)
         )
     return jnp.asarray(np.asarray(x))
 
