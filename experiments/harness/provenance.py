@@ -1,0 +1,107 @@
+"""Where a number comes from: code, versions, hardware, date; and files that are written whole."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from experiments.harness.config import config_hash
+
+PACKAGES = ("effjax", "jax", "jaxlib", "flax", "optax", "qwix", "orbax-checkpoint", "numpy")
+
+
+def provenance(config: Any = None) -> dict[str, Any]:
+    """Commit, versions, hardware and date, as written beside every result.
+
+    Returns:
+      {"commit": 40 hex digits with "-dirty" where tracked files were changed, or None outside a
+      checkout; "versions": {package: version}; "hardware": {"device", "platform", "devices",
+      "cpu", "cores"}; "date": ISO 8601 in UTC; "config_hash" where a config is given}.
+    """
+    found: dict[str, Any] = {
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": _hardware(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    if config is not None:
+        found["config_hash"] = config_hash(config)
+    return found
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, indent=1, default=_number) + "\n"
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _number(value: Any) -> Any:
+    """JAX and NumPy scalars and arrays as Python numbers and lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{value!r:.60} is a {type(value).__name__}, which JSON does not have")
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _hardware() -> dict[str, Any]:
+    import jax
+
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "devices": jax.device_count(),
+        "cpu": _cpu_model(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
