@@ -6,6 +6,7 @@ from effjax.core import Ctx, Setup, Transform, Vars, chain
 from effjax.cost import footprint, latency
 from effjax.model import Model, from_function, from_linen, from_nnx
 from effjax.sharding import Layout, state_shardings
+from effjax.sites import Site, find_sites
 from effjax.step import Mean, TrainState, export, forward, init_state, make_eval, make_step
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Model",
     "NNXOptimizer",
     "Setup",
+    "Site",
     "TrainState",
     "Transform",
     "Vars",
@@ -24,6 +26,7 @@ __all__ = [
     "distill",
     "errors",
     "export",
+    "find_sites",
     "footprint",
     "forward",
     "from_function",
