@@ -195,8 +195,8 @@ class NNXOptimizer(nnx.Optimizer):
             out.model_state,
             model,
         )
-        nnx.update(self.opt_state, opt)
-        nnx.update(self.carried, state)
+        nnx.update(self.opt_state, nnx.state(opt))
+        nnx.update(self.carried, nnx.state(state))
 
     def _ctx(self, frozen: PyTree, train: bool) -> Ctx:
         step = self.step[...].astype(jnp.int32)

@@ -146,8 +146,8 @@ def from_function(f: Callable[..., PyTree], inputs: Inputs = "image") -> Apply:
 
     Args:
       f: the model in plain JAX.
-      inputs: the batch's entry that it is called with, or a function from the batch to it (a tuple is
-        passed as several arguments).
+      inputs: the batch's entry that it is called with, or a function from the batch to it (a
+        tuple is passed as several arguments).
     """
     arguments = _inputs(inputs)
 

@@ -7,15 +7,17 @@ needs knowledge of the transform (law 6, the gradient its docstring states; law 
 left to its own tests.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.export
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -24,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from effjax.core import Ctx, PyTree, Transform, chain
 from effjax.model import Model
-from effjax.population import population
+from effjax.population import Run, population
 from effjax.select import leaves
 from effjax.sharding import Layout, state_shardings
 from effjax.step import Loss, TrainState, export, forward, init_state, make_step
@@ -41,6 +43,7 @@ class Case:
     frozen: for "t", or by member name where the transform is a chain.
     steps: how many steps are run; cover what the transform does rarely.
     rules: how the params are split over a mesh axis "model", for law 8; see `Layout`.
+    meshes: the shapes (data, model) of the meshes of law 8.
     """
 
     transform: Transform
@@ -53,6 +56,7 @@ class Case:
     frozen: PyTree = None
     steps: int = 4
     rules: tuple[tuple[str, PartitionSpec], ...] = ()
+    meshes: tuple[tuple[int, int], ...] = ((8, 1), (1, 8), (4, 2))
 
     @functools.cached_property
     def chain(self) -> Transform:
@@ -86,6 +90,23 @@ class Case:
         for _ in range(self.steps):
             states.append(self.jitted(states[-1], self.batch, self.inputs)[0])
         return states
+
+
+@contextlib.contextmanager
+def compilations(function: str) -> Iterator[list[float]]:
+    """The compilations of the jitted function of this name inside the `with`, in seconds each."""
+    seconds: list[float] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        named = kwargs.get("fun_name") == f"jit({function})"
+        if event == "/jax/core/compile/backend_compile_duration" and named:
+            seconds.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def check_transform(case: Case, laws: Iterable[int] | None = None) -> None:
@@ -160,7 +181,11 @@ def _stable_state(case: Case) -> None:
     for number, state in enumerate(others, 1):
         a, b = (jax.tree.map(_description, s) for s in (first, state))
         assert a == b, f"after step {number} the state is {_difference(a, b)}"
-    assert case.jitted._cache_size() == 1, f"the step compiled {case.jitted._cache_size()} times"
+    with compilations("step") as compiled:
+        step, state = jax.jit(case.step()), first
+        for _ in range(case.steps):
+            state, _ = step(state, case.batch, case.inputs)
+    assert len(compiled) == 1, f"the step compiled {len(compiled)} times"
 
 
 def _description(x: Array) -> str:
@@ -236,7 +261,7 @@ def _sharded(case: Case) -> None:
             "XLA_FLAGS=--xla_force_host_platform_device_count=8"
         )
     one = case.trajectory
-    for shape in ((8, 1), (1, 8), (4, 2)):
+    for shape in case.meshes:
         mesh = jax.make_mesh(shape, ("data", "model"))
         layout = Layout(mesh, case.rules)
         everywhere = NamedSharding(layout.mesh, PartitionSpec())
@@ -249,10 +274,12 @@ def _sharded(case: Case) -> None:
         step = jax.jit(case.step(), out_shardings=(shardings, None))
         # From the same weights the masks are equal; after float arithmetic in another order the
         # weights differ by rounding, so each step starts from the one-device run's.
-        for before, after in itertools.pairwise(one):
-            state, _ = step(jax.device_put(before, shardings), batch, frozen)
-            _close(state, after, f"step {int(before.step)} {where}")
-        assert step._cache_size() == 1, f"the step compiled {step._cache_size()} times {where}"
+        with compilations("step") as compiled:
+            for before, after in itertools.pairwise(one):
+                state, _ = step(jax.device_put(before, shardings), batch, frozen)
+                _close(state, after, f"step {int(before.step)} {where}")
+            step(state, batch, frozen)
+        assert len(compiled) == 1, f"the step compiled {len(compiled)} times {where}"
         _no_gather(case, step.lower(state, batch, frozen), layout, where)
 
 
@@ -280,23 +307,20 @@ def _population(case: Case) -> None:
     """A population of K runs equals K runs: bit for bit when mapped, to rounding under vmap."""
     keys = jax.random.split(jax.random.key(3), 2)
 
-    def build(hyper: PyTree) -> Any:
-        def init(batch, frozen):
-            args = (case.model, case.chain, case.tx, batch, frozen)
-            return init_state(hyper["key"], *args)
-
-        return init, case.step()
+    def init(key: Array, batch: PyTree, frozen: PyTree) -> TrainState:
+        return init_state(key, case.model, case.chain, case.tx, batch, frozen)
 
     singles = []
     for key in keys:
-        state = init_state(key, case.model, case.chain, case.tx, case.batch, case.inputs)
+        state = init(key, case.batch, case.inputs)
         singles.append(case.jitted(state, case.batch, case.inputs)[0])
-    for mode, compare in (("map", _equal), ("vmap", _close)):
-        runs = population(build, {"key": keys}, mode=mode)
-        states = runs.init(case.batch, case.inputs)
+    modes: dict[Any, Any] = {"map": _equal, "vmap": _close}
+    for mode, compare in modes.items():
+        runs = population(lambda seed: Run(init, case.step()), {"seed": [0, 1]}, mode=mode)
+        states = runs.init(keys, case.batch, case.inputs)
         states, _ = runs.step(states, case.batch, case.inputs)
         for i, single in enumerate(singles):
-            compare(runs.select(states, i), single, f"run {i} of the population, {mode}")
+            compare(runs.member(states, i), single, f"run {i} of the population, {mode}")
 
 
 def _lowers(case: Case) -> None:

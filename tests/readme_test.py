@@ -1,4 +1,4 @@
-"""The README's code: every python block runs, every diff's two sides train, in five lines or fewer."""
+"""The README's code: python blocks run, both sides of every diff train, diffs are five lines."""
 
 import pathlib
 import re
