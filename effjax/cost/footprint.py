@@ -12,13 +12,14 @@ from effjax.errors import SelectorError, SetupError
 from effjax.select import leaves
 
 SCALE_BYTES = 4  # a quantization scale is stored as float32
+SHORT = {"dot_general": "dot", "conv_general_dilated": "conv"}
 
 
 class HasMacs(Protocol):
-    """What is read of a `effjax.sites.Site`: where a weight meets data."""
+    """What is read of an `effjax.Site`: the weight's params path, "" where data meets data."""
 
     @property
-    def path(self) -> str | None: ...
+    def leaf(self) -> str: ...
     @property
     def op(self) -> str: ...
     @property
@@ -143,8 +144,8 @@ def footprint(
 
     Args:
       params: what is shipped, from `ej.export(transform, state)`; concrete arrays.
-      sites: `ej.sites.find_sites(apply, params, model_state, batch)`, for MACs. They count the
-        whole batch: give it a batch of one example.
+      sites: `ej.find_sites(apply, params, model_state, batch)`, for MACs. They count the whole
+        batch: give it a batch of one example.
       facts: `transform.describe(params, extra, state)`. Read are "weight_bits" (by default those
         of the leaf's dtype), "scales" (how many; 0) and "sparsity" (checked against the zeros).
       model_state: what is stored beside the params, BatchNorm's statistics for example: it counts
@@ -174,11 +175,11 @@ def footprint(
     arrays = {path: _concrete(path, leaf) for path, leaf in leaves(params).items()}
     weightless, macs, ops = 0, Counter[str](), dict[str, list[str]]()
     for site in sites:
-        if not site.path:
+        if not site.leaf:
             weightless += site.macs
             continue
-        macs[site.path] += site.macs
-        ops.setdefault(site.path, []).append(site.op)
+        macs[site.leaf] += site.macs
+        ops.setdefault(site.leaf, []).append(SHORT.get(site.op, site.op))
     for what, named in (("sites", ops), ("facts", facts)):
         if unknown := sorted(set(named) - set(arrays)):
             raise SelectorError(
@@ -192,8 +193,8 @@ def footprint(
         if 1 - count / max(array.size, 1) < fact.get("sparsity", 0.0) - 1e-4:
             raise SetupError(
                 f"{path} has {array.size - count} zeros among {array.size} values, but the "
-                f"transform says its sparsity is {fact['sparsity']:.4f}. Give footprint the exported params: "
-                "ej.export(transform, state)."
+                f"transform says its sparsity is {fact['sparsity']:.4f}. Give footprint the "
+                "exported params: ej.export(transform, state)."
             )
         bits = int(fact.get("weight_bits", array.dtype.itemsize * 8))
         sizes = {name: size(nonzero, bits) for name, size in formats.items()}

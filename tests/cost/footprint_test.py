@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 import effjax as ej
 from effjax.cost.footprint import bitmask_bytes, dense_bytes
 from effjax.errors import SelectorError, SetupError
+from experiments.models import cnn
 
 
 class Site(NamedTuple):
-    path: str | None
+    leaf: str
     op: str
     macs: int
 
@@ -74,7 +75,7 @@ def test_model_state_is_stored_but_holds_no_parameters():
 
 
 def test_shared_weights_add_up_and_attention_has_no_weights():
-    sites = [Site("a", "conv", 30), Site("a", "dot", 10), Site(None, "dot", 7)]
+    sites = [Site("a", "conv", 30), Site("a", "dot", 10), Site("", "dot", 7)]
     found = ej.footprint({"a": jnp.array([1.0, 0.0])}, sites)
     assert found.leaves[0].op == "conv+dot"
     assert (found.totals.macs, found.totals.effective_macs) == (47, 27)
@@ -110,3 +111,16 @@ def test_abstract_params_are_refused():
         ej.footprint(jax.eval_shape(params))
     with pytest.raises(SetupError, match="outside jit"):
         jax.jit(lambda p: ej.footprint(p).totals.bytes)(params())
+
+
+def test_macs_of_a_convolutional_network_by_hand():
+    spec = cnn.Spec(width=1.0, size=8, channels=1, classes=10, stages=(4, 8), hidden=16)
+    model = cnn.model(spec)
+    batch = {"image": jnp.zeros((1, 8, 8, 1))}
+    params, state = model.init(jax.random.key(0), batch)
+    sites = ej.find_sites(model.apply, params, state, batch)
+    macs = {x.path: x.macs for x in ej.footprint(params, sites).leaves if x.macs}
+    # Pixels x kernel x input channels x output channels; XLA's padded border is counted in.
+    assert macs["conv_1/kernel"] == 8 * 8 * 9 * 4 * 4
+    assert macs["conv_3/kernel"] == 4 * 4 * 9 * 8 * 8
+    assert (macs["dense/kernel"], macs["head/kernel"]) == (2 * 2 * 8 * 16, 16 * 10)
