@@ -81,7 +81,7 @@ def _candidates(
     found = []
     for ring in RINGS:
         for angle in ANGLES:
-            dx, dy = np.cos(angle), np.sin(angle)
+            dx, dy = float(np.cos(angle)), float(np.sin(angle))
             # The box's nearest point lies on the ring: its centre is pushed out by its half size.
             cx = x + dx * (gap * ring + width / 2)
             cy = y + dy * (gap * ring + height / 2)
