@@ -268,9 +268,12 @@ class _DamagedError(Exception):
 def _file_hashes(folder: Path) -> dict[str, str]:
     """The SHA-256 of each file by its path below the folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(_FILES))
-    return {
-        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
-    }
+    return {p.relative_to(folder).as_posix(): _hash_file(p) for p in files}
+
+
+def _hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_files(folder: Path) -> None:
