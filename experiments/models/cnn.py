@@ -14,16 +14,23 @@ Reference: Menghani, "Efficient Deep Learning: A Survey on Making Deep Learning 
 Faster, and Better", 2021, https://arxiv.org/abs/2106.08962, section 4.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
 import effjax as ej
+from effjax.core import PyTree
+from effjax.select import leaves, map_named
 
 LAYERS_PER_STAGE = 2
+Library = Literal["linen", "nnx"]
 
 
 @dataclass(frozen=True)
@@ -126,8 +133,49 @@ class NNXCNN(nnx.Module):
         return self.head(self.dropout(nnx.relu(self.dense(x))))
 
 
-def model(spec: Spec, library: Literal["linen", "nnx"] = "linen") -> ej.Model:
+def model(spec: Spec, library: Library = "linen") -> ej.Model:
     """The member of the family as an `effjax.Model` that reads `batch["image"]`."""
     if library == "linen":
         return ej.from_linen(LinenCNN(spec))
     return ej.from_nnx(lambda rngs: NNXCNN(spec, rngs=rngs))
+
+
+def width_groups(spec: Spec) -> dict[str, str]:
+    """What `ej.nas.width` may narrow: each stage and the dense layer. Whatever widths these groups
+    take, the network is one of the family; see `narrowed`."""
+    groups = {}
+    for stage in range(len(spec.stages)):
+        layers = range(stage * LAYERS_PER_STAGE, (stage + 1) * LAYERS_PER_STAGE)
+        groups[f"stage_{stage}"] = rf"^(conv|norm)_({'|'.join(map(str, layers))})/"
+    return {**groups, "dense": r"^dense/"}
+
+
+def narrowed(spec: Spec, channels: Sequence[int]) -> Spec:
+    """The spec with these channels of each of `width_groups`, in their order."""
+    *stages, units = (int(c) for c in channels)
+    return replace(spec, width=1.0, stages=tuple(stages), hidden=units)
+
+
+def cut(
+    params: PyTree,
+    model_state: PyTree,
+    spec: Spec,
+    smaller: Spec,
+    library: Library = "linen",
+) -> tuple[PyTree, PyTree]:
+    """The first channels of every layer: the params and state of `model(smaller, library)`.
+
+    Where the channels beyond them are zero (`ej.nas.width`), the smaller network computes the same.
+    """
+    batch = {"image": jnp.zeros((1, spec.size, spec.size, spec.channels))}
+    target = leaves(jax.eval_shape(model(smaller, library).init, jax.random.key(0), batch))
+
+    def slice_leaf(name: str, leaf: Array) -> Array:
+        if name == "0/dense/kernel":  # rows are pixels of the last stage, and channels within them
+            pixels = spec.flat // spec.convolutions[-1]
+            kernel = leaf.reshape(pixels, -1, leaf.shape[-1])
+            kept = kernel[:, : smaller.convolutions[-1], : smaller.units]
+            return kept.reshape(-1, smaller.units)
+        return leaf[tuple(slice(n) for n in np.shape(target[name]))]
+
+    return map_named(slice_leaf, (params, model_state))

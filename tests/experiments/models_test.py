@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import effjax as ej
 from effjax.select import leaves
 from experiments.models import cnn, mlp
 
@@ -72,6 +73,29 @@ def test_cnn_trains_with_batch_statistics_and_dropout(library):
     two, _ = model.apply(params, state, batch, jax.random.key(3), True)
     assert not np.allclose(one, two)
     assert not np.allclose(jax.tree.leaves(state)[0], jax.tree.leaves(moved)[0])
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_a_narrow_network_is_cut_out_of_the_elastic_one(library):
+    spec = cnn.Spec(size=8, channels=1, classes=3, stages=(4, 8), hidden=16)
+    model = cnn.model(spec, library)
+    batch = {"image": jax.random.normal(jax.random.key(1), (4, 8, 8, 1))}
+    params, state = model.init(jax.random.key(0), batch)
+    _, state = model.apply(params, state, batch, jax.random.key(2), True)  # move the statistics
+    space = ej.nas.width_space(params, cnn.width_groups(spec), (0.5, 0.75, 1.0))
+    assert space.sizes == (4, 8, 16)
+    arch = space.architecture({"stage_0": 0.75, "stage_1": 0.5})
+    masked = space.mask(params, arch)
+
+    smaller = cnn.narrowed(spec, space.channels(arch))
+    assert smaller == cnn.Spec(size=8, channels=1, classes=3, stages=(3, 4), hidden=16)
+    cut, cut_state = cnn.cut(masked, state, spec, smaller, library)
+    narrow = cnn.model(smaller, library)
+    shapes = jax.eval_shape(narrow.init, jax.random.key(0), batch)
+    assert jax.tree.map(jnp.shape, (cut, cut_state)) == jax.tree.map(jnp.shape, shapes)
+    small, _ = narrow.apply(cut, cut_state, batch, jax.random.key(2), False)
+    large, _ = model.apply(masked, state, batch, jax.random.key(2), False)
+    np.testing.assert_allclose(small, large, rtol=1e-5, atol=1e-5)
 
 
 def test_specs_that_cannot_be_built_are_refused():
