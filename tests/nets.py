@@ -13,8 +13,8 @@ import effjax as ej
 
 RNG = np.random.default_rng(0)
 BATCH = {
-    "image": RNG.normal(size=(16, 8, 8, 1)).astype(np.float32),
-    "label": RNG.integers(0, 8, size=16).astype(np.int32),
+    "image": RNG.normal(size=(24, 8, 8, 1)).astype(np.float32),
+    "label": RNG.integers(0, 8, size=24).astype(np.int32),
 }
 
 
