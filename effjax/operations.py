@@ -18,6 +18,13 @@ def shapes(eqn: jaxprs.Eqn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int
     return lhs, rhs, out
 
 
+def dtypes(eqn: jaxprs.Eqn) -> tuple[str, str, str]:
+    """Names of the dtypes of the first two operands and of the output."""
+    atoms: list[Any] = [*eqn.invars[:2], eqn.outvars[0]]
+    lhs, rhs, out = (str(v.aval.dtype) for v in atoms)
+    return lhs, rhs, out
+
+
 def axes(eqn: jaxprs.Eqn) -> tuple[Axes, Axes]:
     """The contracting axes and the channel axes of each operand."""
     lhs, rhs, _ = (len(shape) for shape in shapes(eqn))

@@ -37,6 +37,7 @@ class Site(NamedTuple):
     macs: multiply-accumulates of one forward pass over the example batch, padding included and the
       zeros that a transposed convolution inserts left out. Scans count all their iterations, a
       `while` loop one, a `shard_map` all its shards.
+    dtypes: of the two operands and of the output, as names ("float32").
     groups: feature groups of a convolution, 1 elsewhere.
     leaves: all params leaves that the weight is computed from.
     contracting: for each operand the axes that are summed over.
@@ -53,6 +54,7 @@ class Site(NamedTuple):
     op: str
     weight: int | None
     shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    dtypes: tuple[str, str, str]
     macs: int
     groups: int
     leaves: tuple[str, ...]
@@ -115,14 +117,8 @@ def find_sites(
       >>> site.path, site.op, site.macs
       ('kernel', 'dot_general', 64)
     """
-
-    def traced(params: PyTree, model_state: PyTree, batch: PyTree, key: Any) -> Any:
-        return apply(params, model_state, batch, key, train)
-
-    closed = jax.make_jaxpr(traced)(params, model_state, batch, abstract_key())
-    plan = analyze(closed.jaxpr, params, model_state, batch).plan
-    found = {site.path: site for site in plan.sites() if activations or site.leaf}
-    return tuple(found.values())
+    found = analyze_model(apply, params, model_state, batch, train=train).sites
+    return tuple(site for site in found if activations or site.leaf)
 
 
 class Step(NamedTuple):
@@ -160,6 +156,23 @@ class Analysis(NamedTuple):
 
     plan: Plan
     met: Mapping[str, set[str]]  # {params path: primitives other than sites where it met data}
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites in the order of execution; branches that share a name give one."""
+        return tuple({site.path: site for site in self.plan.sites()}.values())
+
+
+def analyze_model(
+    apply: Apply, params: PyTree, model_state: PyTree, batch: PyTree, *, train: bool
+) -> Analysis:
+    """Traces a model and analyzes it."""
+
+    def traced(params: PyTree, model_state: PyTree, batch: PyTree, key: Any) -> Any:
+        return apply(params, model_state, batch, key, train)
+
+    closed = jax.make_jaxpr(traced)(params, model_state, batch, abstract_key())
+    return analyze(closed.jaxpr, params, model_state, batch)
 
 
 def analyze(jaxpr: jaxprs.Jaxpr, params: PyTree, model_state: PyTree, batch: PyTree) -> Analysis:
@@ -265,6 +278,7 @@ class _Walker:
             op=op,
             weight=weight,
             shapes=operations.shapes(eqn),
+            dtypes=operations.dtypes(eqn),
             macs=operations.macs(eqn) * where.repeats,
             groups=operations.groups(eqn),
             leaves=tuple(self.names[i] for i in sorted(indices)),
@@ -280,6 +294,17 @@ class _Walker:
 def _weight_operand(op: str, taints: list[Taint]) -> int | None:
     sides = {jaxprs.DOT: (0, 1), jaxprs.CONV: (0, 1), jaxprs.GATHER: (0,)}.get(op, ())
     return next((i for i in sides if taints[i].leaves and taints[1 - i].data), None)
+
+
+def check_ruled(site: Site) -> None:
+    """Raises if a site lies in a function whose own rule would not see what is done to it."""
+    if site.rule:
+        raise SiteError(
+            f"{site.path} meets data ({site.op}) inside the {site.rule}. Its own rule would not "
+            "see what is done there, so that forward and backward pass would disagree. Leave it out "
+            f"with a selector that does not match {site.leaf or site.path!r}, or write the "
+            "multiplication outside that function."
+        )
 
 
 def check_reached(

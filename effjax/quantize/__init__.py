@@ -1,1 +1,7 @@
-"""quantize"""
+"""Quantization: values on small integer grids, in training and after it."""
+
+from effjax.quantize import numerics
+from effjax.quantize.qat import qat
+from effjax.quantize.rules import Bits
+
+__all__ = ["Bits", "numerics", "qat"]

@@ -1,0 +1,254 @@
+"""Quantization-aware training: the operands of the model's operations are rounded to integer grids
+while it trains, so that it can be shipped in integers."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from effjax.core import Ctx, Forward, Metrics, PyTree, Setup, Transform, Vars
+from effjax.errors import SetupError, SiteError
+from effjax.interpret import Handler, Operation, intercept
+from effjax.jaxprs import GATHER
+from effjax.quantize import numerics
+from effjax.quantize.numerics import Grid
+from effjax.quantize.rules import Bits, Rules, is_float
+from effjax.schedules import check_fraction, is_traced
+from effjax.select import KERNELS
+from effjax.sites import Analysis, Site, analyze_model
+
+EMBEDDINGS = r"(^|/)embedding$"
+
+
+def qat(
+    weights: numerics.Bits = 8,
+    activations: numerics.Bits = 8,
+    *,
+    select: str = KERNELS,
+    ranges: Literal["dynamic", "static"] = "dynamic",
+    decay: float | Array = 0.99,
+    per_channel: bool = True,
+    start: int | Array = 0,
+    rules: Sequence[tuple[str, Bits]] = (),
+    embeddings: bool | str = False,
+    products: bool | str = False,
+) -> Transform:
+    """Quantization-aware training of weights and activations, at the model's sites.
+
+    Wherever a selected weight meets data in a `dot_general` or `conv_general_dilated`, both of them
+    are rounded, q(x) = s · clip(round(x / s), -B, B) with B = 2^(bits-1) - 1, with one s = max|w| / B
+    for each output channel of the weight and one for the whole activation. See `ej.inspect` for the
+    sites of a model.
+
+    Gradients are straight-through: a rounded weight or activation gets the gradient of its rounded
+    value unchanged, and scales get none. Weights and, with dynamic ranges, activations are never
+    clipped. With static ranges an activation outside the range gets gradient 0. Zeros stay exact
+    zeros, so pruned weights stay pruned.
+
+    Activation ranges:
+      "dynamic": max|x| of the batch at hand, in training and in evaluation.
+      "static": a bias-corrected moving average of max|x| over training steps (also those before
+        `start`), kept in the state by site. A training step includes its own batch in the average
+        before it uses it. Evaluation reads the state alone, never the batch. Until a site has been
+        observed there is no range, and evaluation leaves its activations in floating point;
+        `describe` then gives no "act_bits" for it and the metric "uncalibrated" counts it.
+
+    Quantization happens where the weight is used, so `export` returns the params as they are: what
+    evaluates them through this transform computes exactly what was trained. `describe` gives, for
+    each selected leaf, "weight_bits" and "act_bits" where they are not float, and "scales".
+
+    Args:
+      weights: bits of the weights, 2..8; 16 and more leave them alone. May be a traced array: one
+        compiled step then serves every width.
+      activations: bits of what they are multiplied with; likewise.
+      select: regular expression over params paths. Every leaf it matches that has two axes or more
+        must reach a site.
+      ranges: of the activations, "dynamic" or "static".
+      decay: of the moving average, in [0, 1); may be traced.
+      per_channel: one scale for each output channel of a weight (rows of an embedding); otherwise
+        one for the weight. Layers of a scan have their own in any case.
+      start: first step that is quantized; before, training runs in floating point. Evaluation shows
+        the model as it would be shipped: always quantized. May be traced.
+      rules: (pattern, Bits) pairs; the first pattern found in a site's path (the params path, or
+        "path#1" where the leaf is used again) gives its bits in place of the two above.
+      embeddings: also quantize embedding tables, where they are indexed and where they are
+        multiplied with. True takes the leaves named "embedding"; or a regular expression.
+      products: also quantize products of activations with activations, both operands at the bits of
+        activations. True takes all; or a regular expression over their names, which begin with "@".
+
+    State: {"scales": {site: number of weight scales}}, and with static ranges {"ranges", "count"}
+    by site (a product's are "@name/lhs" and "@name/rhs"), layers of a scan on leading axes. `aux`
+    carries {"ranges": max|x| of this batch}. Metrics of static ranges: "saturated" is the fraction
+    of activations whose batch maximum lies outside the range, "uncalibrated" counts those without.
+
+    Raises:
+      SetupError: bits outside 2..8 and below 16, an unknown kind of ranges.
+      ScheduleError: decay outside [0, 1).
+      SelectorError: `select`, a rule, `embeddings` or `products` matches nothing (at `init`).
+      SiteError: a selected weight reaches no operation, or lies in a function with a custom
+        derivative (at `init`).
+
+    Example:
+      >>> import effjax as ej
+      >>> first_and_last = [(r"^(stem|head)/", ej.quantize.Bits(8, 8))]
+      >>> ej.quantize.qat(weights=4, activations=8, rules=first_and_last).kind
+      'quantize'
+
+    Reference: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference", 2018, https://arxiv.org/abs/1712.05877; Krishnamoorthi,
+    2018, https://arxiv.org/abs/1806.08342.
+    """
+    default = Bits(weights, activations)
+    for what, bits in (("qat()", default), *((f"the rule {p!r}", b) for p, b in rules)):
+        for operand, width in zip(Bits._fields, Bits(*bits), strict=True):
+            numerics.check_bits(width, f"{operand} of {what}")
+    if ranges not in ("dynamic", "static"):
+        raise SetupError(f"ranges is {ranges!r}; activation ranges are 'dynamic' or 'static'.")
+    check_fraction(decay, "the decay of the ranges")
+    asked = Rules(
+        select,
+        tuple((pattern, Bits(*bits)) for pattern, bits in rules),
+        default,
+        EMBEDDINGS if embeddings is True else embeddings or None,
+        "^@" if products is True else products or None,
+    )
+    static = ranges == "static"
+
+    def init(key: Array, params: PyTree, setup: Setup) -> tuple[PyTree, PyTree]:
+        found = analyze_model(setup.apply, params, setup.model_state, setup.batch, train=True)
+        sites = asked.check(params, found)
+
+        def scales(tables: bool) -> dict[str, Array]:
+            some = [site for site in sites if (site.op == GATHER) is tables]
+            return {s.path: jnp.asarray(_scales(s, per_channel), jnp.int32) for s in some}
+
+        state: dict[str, Any] = {"scales": scales(False), "tables": scales(True)}
+        if static:
+            stacks = {name: site.stack for site in sites for name in asked.inputs(site).values()}
+            state["ranges"] = {n: jnp.zeros(stack, jnp.float32) for n, stack in stacks.items()}
+            state["count"] = {n: jnp.zeros(stack, jnp.int32) for n, stack in stacks.items()}
+        return {}, state
+
+    def wrap(forward: Forward, extra: PyTree, state: PyTree, ctx: Ctx) -> Forward:
+        def grid(bits: numerics.Bits) -> Grid:
+            grid = numerics.grid(bits)
+            if not ctx.train or (not is_traced(start) and start <= 0):
+                return grid
+            return grid._replace(identity=grid.identity | (ctx.step < start))
+
+        def range_of(op: Operation, x: Array, name: str) -> tuple[Array, Array, dict[str, Array]]:
+            """The activation's range, whether there is one, and what was seen."""
+            known = jnp.asarray(True)
+            seen: dict[str, Array] = {}
+            largest = jnp.zeros(())
+            if ctx.train or not static:
+                largest = numerics.absmax(x)
+                if op.axes:  # one range for all shards
+                    largest = lax.pmax(largest, op.axes)
+                seen = {name: largest.reshape(()).astype(jnp.float32)}
+            if static:
+                largest, count = op.given[name]
+                if ctx.train:
+                    largest, count = _observe(largest, count, seen[name], decay)
+                known = count > 0
+            return largest.reshape((1,) * x.ndim), known, seen
+
+        def handler(op: Operation) -> tuple[Array, PyTree]:
+            site, bits = op.site, asked.at(op.site.path)
+            operands, seen = list(op.operands), {}
+            if site.weight is not None and not is_float(bits.weights):
+                w, g = operands[site.weight], grid(bits.weights)
+                channels = site.channels[site.weight] if per_channel else ()
+                scale = numerics.scale_of(numerics.absmax(w, channels), g)
+                operands[site.weight] = numerics.fake_quant(w, scale, g)
+            for i, name in asked.inputs(site).items():
+                x, g = operands[i], grid(bits.activations)
+                largest, known, found = range_of(op, x, name)
+                g = g._replace(identity=g.identity | ~known)
+                operands[i] = numerics.fake_quant(x, numerics.scale_of(largest, g), g, static)
+                seen |= found
+            return op.run(*operands), seen
+
+        def choose(site: Site) -> Handler | None:
+            return handler if asked.takes(site) else None
+
+        def check(analysis: Analysis) -> None:
+            found = {site.path for site in analysis.sites if asked.takes(site)}
+            _check_same(found, set(state["scales"]) | set(state["tables"]), ctx.train, static)
+
+        def quantized(params, model_state, batch, key, train):
+            def closed(params, model_state, batch, key):
+                return forward(params, model_state, batch, key, train)
+
+            given = _by_site(state) if static else None
+            run = intercept(closed, choose, given=given, check=check)
+            (outputs, model_state, aux), measured = run(params, model_state, batch, key)
+            seen = {name: value for found in measured.values() for name, value in found.items()}
+            return outputs, model_state, {**aux, "ranges": seen}
+
+        return quantized
+
+    def update(vars: Vars, opt, state, grads, aux, ctx) -> tuple[Vars, PyTree, PyTree]:
+        if not static:
+            return vars, opt, state
+        averages, counts = dict(state["ranges"]), dict(state["count"])
+        for name, seen in aux["ranges"].items():
+            averages[name], counts[name] = _observe(averages[name], counts[name], seen, decay)
+        return vars, opt, {**state, "ranges": averages, "count": counts}
+
+    def report(vars: Vars, state, aux, ctx) -> Metrics:
+        if not static or not state["ranges"]:
+            return {}
+        outside = [jnp.ravel(x > state["ranges"][name]) for name, x in aux["ranges"].items()]
+        unseen = [jnp.ravel(count == 0) for count in state["count"].values()]
+        return {
+            "saturated": jnp.mean(jnp.concatenate(outside), dtype=jnp.float32),
+            "uncalibrated": jnp.sum(jnp.concatenate(unseen), dtype=jnp.int32),
+        }
+
+    def describe(params: PyTree, extra: PyTree, state: PyTree) -> dict[str, dict[str, Any]]:
+        return asked.describe(params, state)
+
+    return Transform(
+        init=init, wrap=wrap, update=update, report=report, describe=describe, kind="quantize"
+    )
+
+
+def _observe(
+    average: Array, count: Array, seen: Array, decay: float | Array
+) -> tuple[Array, Array]:
+    """One step of a moving average corrected for its bias.
+
+    average_n = sum_i d^(n-i) x_i / sum_i d^(n-i), computed as a step of size (1 - d) / (1 - d^n).
+    Nothing is learnt from zeros (a branch that did not run) and from numbers that are not finite.
+    """
+    n = count + 1
+    moved = average + (1 - decay) / (1 - decay ** n.astype(jnp.float32)) * (seen - average)
+    learnt = (seen > 0) & jnp.isfinite(seen)
+    return jnp.where(learnt, moved, average), jnp.where(learnt, n, count)
+
+
+def _by_site(state: PyTree) -> dict[str, dict[str, tuple[Array, Array]]]:
+    """The ranges and counts under their sites' paths, where handlers find them."""
+    ranges, count = state["ranges"], state["count"]
+    names = {path: (path, f"{path}/lhs", f"{path}/rhs") for path in state["scales"]}
+    return {p: {n: (ranges[n], count[n]) for n in own if n in ranges} for p, own in names.items()}
+
+
+def _scales(site: Site, per_channel: bool) -> int:
+    return site.scales if per_channel or site.weight is None else math.prod(site.stack)
+
+
+def _check_same(found: set[str], known: set[str], train: bool, static: bool) -> None:
+    """Raises if the forward pass has other sites than the model had at `init`."""
+    missing, added = sorted(known - found), sorted(found - known)
+    if found and not (train and missing) and not (static and added):
+        return
+    raise SiteError(
+        f"the forward pass has other sites than the model at init: missing {missing}, added "
+        f"{added}. Likely causes: another apply than the one init was given; another transform whose "
+        "wrap runs the model twice (put the quantization inside it: later in the chain); params "
+        "closed over instead of passed; or, for static ranges, a model that does more in evaluation."
+    )
