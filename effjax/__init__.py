@@ -1,10 +1,11 @@
 """effjax: quantization, sparsity, distillation and architecture search in one JAX train step."""
 
-from effjax import distill, errors, nas, prune, quantize, schedules
+from effjax import distill, errors, nas, prune, quantize, schedules, select
 from effjax.attach import Attached, NNXOptimizer, attach
 from effjax.core import Ctx, Setup, Transform, Vars, chain
 from effjax.cost import footprint, latency
 from effjax.model import Model, from_function, from_linen, from_nnx
+from effjax.population import Population, Run, grid, population
 from effjax.sharding import Layout, state_shardings
 from effjax.sites import Site, find_sites
 from effjax.step import Mean, TrainState, export, forward, init_state, make_eval, make_step
@@ -16,6 +17,8 @@ __all__ = [
     "Mean",
     "Model",
     "NNXOptimizer",
+    "Population",
+    "Run",
     "Setup",
     "Site",
     "TrainState",
@@ -32,13 +35,16 @@ __all__ = [
     "from_function",
     "from_linen",
     "from_nnx",
+    "grid",
     "init_state",
     "latency",
     "make_eval",
     "make_step",
     "nas",
+    "population",
     "prune",
     "quantize",
     "schedules",
+    "select",
     "state_shardings",
 ]
