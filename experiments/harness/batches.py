@@ -49,6 +49,11 @@ class Batches:
         """How many batches an epoch has."""
         return self.examples // self.size
 
+    @property
+    def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch's shapes, for `effjax.init_state`."""
+        return jax.eval_shape(lambda batches: batches(0), self)
+
     def indices(self, step: Array) -> Array:
         """Which examples a step sees: int32 [size]."""
         epoch, position = step // self.per_epoch, step % self.per_epoch

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from experiments.harness.config import as_dict, config_hash, difference
 from experiments.harness.errors import RunError
@@ -24,7 +24,7 @@ from experiments.harness.provenance import provenance, write_json
 
 _chosen_id: ContextVar[str | None] = ContextVar("chosen_id", default=None)
 # Locks belong to the process: a notebook may open its own run again.
-_locks: dict[Path, TextIO] = {}
+_locks: dict[Path, int] = {}
 
 
 def runs_root() -> Path:
@@ -186,11 +186,11 @@ def _lock(path: Path) -> None:
     path = path.absolute()
     if path in _locks:
         return
-    file = open(path / ".lock", "w")  # noqa: SIM115  (open as long as the process holds it)
+    file = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        file.close()
+        os.close(file)
         raise RunError(
             f"{path} is in use by another process. Wait for it, or give another --id."
         ) from error
