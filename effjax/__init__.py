@@ -4,6 +4,7 @@ from effjax import distill, errors, nas, prune, quantize, schedules, select
 from effjax.attach import Attached, NNXOptimizer, attach
 from effjax.core import Ctx, Setup, Transform, Vars, chain
 from effjax.cost import footprint, latency
+from effjax.inspection import inspect
 from effjax.model import Model, from_function, from_linen, from_nnx
 from effjax.population import Population, Run, grid, population
 from effjax.sharding import Layout, state_shardings
@@ -37,6 +38,7 @@ __all__ = [
     "from_nnx",
     "grid",
     "init_state",
+    "inspect",
     "latency",
     "make_eval",
     "make_step",

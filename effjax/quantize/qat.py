@@ -38,9 +38,9 @@ def qat(
     """Quantization-aware training of weights and activations, at the model's sites.
 
     Wherever a selected weight meets data in a `dot_general` or `conv_general_dilated`, both of them
-    are rounded, q(x) = s · clip(round(x / s), -B, B) with B = 2^(bits-1) - 1, with one s = max|w| / B
-    for each output channel of the weight and one for the whole activation. See `ej.inspect` for the
-    sites of a model.
+    are rounded, q(x) = s · clip(round(x / s), -B, B), where B = 2^(bits-1) - 1, with one s =
+    max|w| / B for each output channel of the weight and one for the whole activation. `ej.inspect`
+    shows the sites of a model.
 
     Gradients are straight-through: a rounded weight or activation gets the gradient of its rounded
     value unchanged, and scales get none. Weights and, with dynamic ranges, activations are never
@@ -57,7 +57,8 @@ def qat(
 
     Quantization happens where the weight is used, so `export` returns the params as they are: what
     evaluates them through this transform computes exactly what was trained. `describe` gives, for
-    each selected leaf, "weight_bits" and "act_bits" where they are not float, and "scales".
+    each selected leaf, "weight_bits", "scales" and "act_bits", where they are not float; and under
+    "@name" the same of a product, and of another use ("@path#1") of a leaf.
 
     Args:
       weights: bits of the weights, 2..8; 16 and more leave them alone. May be a traced array: one
@@ -157,7 +158,8 @@ def qat(
 
         def handler(op: Operation) -> tuple[Array, PyTree]:
             site, bits = op.site, asked.at(op.site.path)
-            operands, seen = list(op.operands), {}
+            operands = list(op.operands)
+            seen: dict[str, Array] = {}
             if site.weight is not None and not is_float(bits.weights):
                 w, g = operands[site.weight], grid(bits.weights)
                 channels = site.channels[site.weight] if per_channel else ()
@@ -248,7 +250,8 @@ def _check_same(found: set[str], known: set[str], train: bool, static: bool) -> 
         return
     raise SiteError(
         f"the forward pass has other sites than the model at init: missing {missing}, added "
-        f"{added}. Likely causes: another apply than the one init was given; another transform whose "
-        "wrap runs the model twice (put the quantization inside it: later in the chain); params "
-        "closed over instead of passed; or, for static ranges, a model that does more in evaluation."
+        f"{added}. Likely causes: another apply than the one init was given; another transform "
+        "whose wrap runs the model twice (put the quantization inside it: later in the chain); "
+        "params closed over instead of passed; or, for static ranges, a model that does more in "
+        "evaluation than in training."
     )

@@ -91,16 +91,19 @@ class Rules(NamedTuple):
         """The facts of `Transform.describe`, from the state of a `qat`."""
         facts: dict[str, dict[str, int]] = {}
         for path, scales in {**state["scales"], **state["tables"]}.items():
-            if path.startswith("@"):
-                continue
             bits = self.at(path)
             fact: dict[str, int] = {}
-            if not is_float(bits.weights):
+            if not path.startswith("@") and not is_float(bits.weights):
                 fact |= {"weight_bits": int(bits.weights), "scales": int(scales)}
-            calibrated = bool(np.all(np.asarray(state.get("count", {}).get(path, 1)) > 0))
-            if path in state["scales"] and not is_float(bits.activations) and calibrated:
+            multiplies, counts = path in state["scales"], state.get("count", {})
+            inputs = [counts[n] for n in (path, f"{path}/lhs", f"{path}/rhs") if n in counts]
+            calibrated = all(np.all(np.asarray(count) > 0) for count in inputs)
+            if multiplies and not is_float(bits.activations) and calibrated:
                 fact["act_bits"] = int(bits.activations)
-            leaf = path if path in leaves(params) else path.rpartition("#")[0]
+            leaf = path
+            if path not in leaves(params) and not path.startswith("@"):
+                leaf = path.rpartition("#")[0]
+                facts["@" + path] = fact
             # A leaf used at several sites is stored at the widest.
             known = facts.setdefault(leaf, {})
             facts[leaf] = {n: max(fact.get(n, 0), known.get(n, 0)) for n in {**known, **fact}}
