@@ -112,6 +112,7 @@ def population(
         mode = "map" if jax.default_backend() == "cpu" and mesh is None else "vmap"
     if mesh is not None:
         _check_mesh(mesh, size, mode)
+        mesh = Mesh(mesh.devices, mesh.axis_names)  # with automatic axes, as in Layout
 
     def init(hyper: PyTree, key: Array, batch: PyTree, frozen: PyTree) -> TrainState:
         return build(hyper).init(key, batch, frozen)

@@ -268,6 +268,7 @@ def test_runs_are_dealt_out_over_devices():
         if where is not None:
             assert states.vars.model["conv"]["kernel"].sharding.spec[0] == "runs"
             assert states.step.sharding.is_fully_replicated
+            assert runs.member(states, 1).vars.model["head"]["bias"].shape == (4,)
             text = jax.jit(runs.step).lower(states, BATCH, frozen).compile().as_text()
             assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all"))
     for name, leaf in leaves(results[1]).items():
