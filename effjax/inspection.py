@@ -52,9 +52,8 @@ class Table(NamedTuple):
         raise KeyError(f"no site {path!r}; the sites are {[row.path for row in self.rows]}")
 
     def __str__(self) -> str:
-        header: tuple[str, ...]
         header = ("path", "op", "lhs", "rhs", "out", "MACs", "sparsity", "weight bits", "act bits")
-        cells = [header]
+        cells: list[tuple[str, ...]] = [header]
         for row in self.rows:
             site = row.site
             op = SHORT.get(site.op, site.op) + (f" /{site.groups}" if site.groups > 1 else "")

@@ -135,6 +135,7 @@ class _Run(NamedTuple):
                 continue
             catch_up(index)
             operands = [read(v) for v in eqn.invars]
+            outs: Sequence[Any]
             if step.site is not None:
                 outs, found = self.site(jaxpr, eqn, operands, step.site, place)
             else:

@@ -301,8 +301,8 @@ def check_ruled(site: Site) -> None:
     if site.rule:
         raise SiteError(
             f"{site.path} meets data ({site.op}) inside the {site.rule}. Its own rule would not "
-            "see what is done there, so that forward and backward pass would disagree. Leave it out "
-            f"with a selector that does not match {site.leaf or site.path!r}, or write the "
+            "see what is done there, so that forward and backward pass would disagree. Leave it "
+            f"out with a selector that does not match {site.leaf or site.path!r}, or write the "
             "multiplication outside that function."
         )
 

@@ -181,7 +181,8 @@ def footprint(
         macs[site.leaf] += site.macs
         ops.setdefault(site.leaf, []).append(SHORT.get(site.op, site.op))
     for what, named in (("sites", ops), ("facts", facts)):
-        if unknown := sorted(set(named) - set(arrays)):
+        # What is said of a single operation ("@...") is about no leaf.
+        if unknown := sorted(p for p in set(named) - set(arrays) if not p.startswith("@")):
             raise SelectorError(
                 f"the {what} name the paths {unknown}, but the params have {list(arrays)}. "
                 f"Take the {what} and the params from the same model."
