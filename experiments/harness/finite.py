@@ -41,8 +41,9 @@ def broken_loss(metrics: Mapping[str, Any]) -> bool:
 
 
 def broken_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a step that are NaN or infinite."""
-    return {n: float(x) for n, x in metrics.items() if not math.isfinite(x)}
+    """The metrics of a step that are NaN or infinite, the objective first."""
+    names = sorted(metrics, key=lambda n: (n != "loss", n != "task", n))
+    return {n: float(metrics[n]) for n in names if not math.isfinite(metrics[n])}
 
 
 def find_break(stepper: Any, state: Any, batches: Any, frozen: Any, until: int) -> str:

@@ -72,8 +72,8 @@ def fit(
       Interrupted: after a signal, when everything is saved.
       CheckpointError: the checkpoints are another model's, or none can be read.
     """
-    checkpoint_every = checkpoint_every or max(1, steps // 10)
-    eval_every = eval_every or steps
+    checkpoint_every = max(1, steps // 10) if checkpoint_every is None else checkpoint_every
+    eval_every = max(1, steps) if eval_every is None else eval_every
     every = {"eval_every": eval_every, "checkpoint_every": checkpoint_every, "log_every": log_every}
     if wrong := {name: n for name, n in {"steps": steps, **every}.items() if n < 1}:
         raise ConfigError(f"{wrong}: give a number of steps, 1 or more.")
@@ -106,20 +106,25 @@ def fit(
                 ]
             )
             bar.update(at, float(metrics[-1].get("loss", math.nan)))
-            due = at == steps or at % checkpoint_every == 0 or stop.signum is not None
-            if bad or (due and broken_leaves(state)):
-                raise _diverged(run, checkpoints, stepper, state, batches, frozen, bad or at)
+            if bad:
+                raise _diverged(run, checkpoints, stepper, state, batches, frozen, bad)
             if evaluate is not None and (at == steps or at % eval_every == 0):
                 run.metrics.append([{"step": at, **_plain(evaluate(state))}])
-            if due:
+            stopping = stop.signum
+            if stopping or at == steps or at % checkpoint_every == 0:
+                if broken_leaves(state):
+                    raise _diverged(run, checkpoints, stepper, state, batches, frozen, at)
                 checkpoints.save(at, state, {"metrics_bytes": run.metrics.position()})
-            if stop.signum is not None:
-                checkpoints.wait()
-                raise Interrupted(
-                    stop.signum,
-                    f"{run.label}: stopped by signal {stop.signum}, saved at step {at} of {steps} "
-                    f"in {run.path}. Give the same command again to go on from there.",
-                )
+            if stopping:
+                break
+        # Looked at again: a signal during the last save must not be lost.
+        if stop.signum is not None:
+            checkpoints.wait()
+            raise Interrupted(
+                stop.signum,
+                f"{run.label}: stopped by signal {stop.signum}, saved at step {at} of {steps} in "
+                f"{run.path}. Give the same command again to go on from there.",
+            )
     seconds = time.monotonic() - began
     return Fitted(state, _last(run), resumed, seconds)
 

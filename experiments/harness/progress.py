@@ -3,12 +3,14 @@
 import os
 import sys
 import time
+from importlib.util import find_spec
 from typing import Any
 
 
 def watched() -> bool:
-    """Whether a person sees the terminal: stderr is one, and this is no CI."""
-    return sys.stderr.isatty() and not os.environ.get("CI")
+    """Whether a person sees a bar: in a terminal or a notebook that can draw one, and not in CI."""
+    notebook = "ipykernel" in sys.modules and find_spec("ipywidgets") is not None
+    return (notebook or sys.stderr.isatty()) and not os.environ.get("CI")
 
 
 def say(message: str) -> None:

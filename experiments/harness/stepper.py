@@ -1,5 +1,6 @@
 """How steps are given to the device: one at a time, or many in one program."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +42,8 @@ def make_stepper(step: Step, state: Any, batches: Any, frozen: Any, mode: str = 
     "step" calls the program once a step: on XLA CPU convolutions are slower inside a loop. "block"
     runs a loop on the device, without returning to Python: its length is an argument, so that one
     compiled program serves every length and a resumed run computes the same bits. "auto" takes
-    "step" on CPU and "block" elsewhere.
+    "step" on CPU and "block" elsewhere. A step that was given before, with arguments of the same
+    shapes, is not compiled again: seeds share their program.
 
     Raises:
       ConfigError: another mode, or a metric that is not a scalar.
@@ -51,15 +53,26 @@ def make_stepper(step: Step, state: Any, batches: Any, frozen: Any, mode: str = 
     if mode not in ("step", "block"):
         raise ConfigError(f"mode is {mode!r}; it is 'auto', 'step' or 'block'.")
 
+    leaves, structure = jax.tree.flatten((state, batches, frozen))
+    shapes = tuple(jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)) for x in leaves)
+    shardings = tuple(x.sharding for x in jax.tree.leaves(state))
+    return _program(step, mode, structure, shapes, shardings)
+
+
+@functools.lru_cache(maxsize=8)
+def _program(step: Step, mode: str, structure: Any, shapes: Any, shardings: Any) -> Stepper:
+    """The stepper of a step on arguments of these shapes; runs that differ in values share it."""
+    arguments = jax.tree.unflatten(structure, shapes)
+    placed = jax.tree.unflatten(jax.tree.structure(arguments[0]), shardings)
+
     def one(state: Any, batches: Any, frozen: Any) -> tuple[Any, dict[str, Array]]:
         return step(state, batches(state.step), frozen)
 
-    shapes = jax.eval_shape(one, state, batches, frozen)[1]
-    if wide := {name: x.shape for name, x in shapes.items() if x.shape}:
+    metrics = jax.eval_shape(one, *arguments)[1]
+    if wide := {name: x.shape for name, x in metrics.items() if x.shape}:
         raise ConfigError(f"metrics are scalars, but {wide} have axes; reduce them in the step.")
-    shardings = jax.tree.map(lambda x: x.sharding, state)
     program = _step_program if mode == "step" else _block_program
-    return program(one, shapes, shardings)
+    return program(one, metrics, placed)
 
 
 def _step_program(one: Any, shapes: Any, shardings: Any) -> Stepper:
