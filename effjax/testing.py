@@ -278,7 +278,7 @@ def _sharded(case: Case) -> None:
             for before, after in itertools.pairwise(one):
                 state, _ = step(jax.device_put(before, shardings), batch, frozen)
                 _close(state, after, f"step {int(before.step)} {where}")
-            step(state, batch, frozen)
+            jax.block_until_ready(step(state, batch, frozen))
         assert len(compiled) == 1, f"the step compiled {len(compiled)} times {where}"
         _no_gather(case, step.lower(state, batch, frozen), layout, where)
 

@@ -3,10 +3,13 @@
 import os
 import tempfile
 
-# Before jax is imported: the sharding tests need more than one device.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Before jax is imported: the sharding tests need more than one device, and on a busy machine
+# eight of them may wait for each other for longer than XLA's 40 seconds.
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
 
 import jax
 import pytest

@@ -36,7 +36,7 @@ def train(layout):
     batch = layout.put_batch(nets.BATCH)
     with compilations("step") as compiled:
         for _ in range(STEPS):
-            state, metrics = step(state, batch)
+            state, metrics = jax.block_until_ready(step(state, batch))
 
     @jax.jit
     def digest(state):

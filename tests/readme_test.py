@@ -11,7 +11,7 @@ README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 def blocks(language):
     """The fenced blocks of a language, by the heading they stand under."""
     found, heading = {}, ""
-    for match in re.finditer(r"^#+ (.*)$|^```(\w+)\n(.*?)^```", README, re.M | re.S):
+    for match in re.finditer(r"^#+ ([^\n]*)$|^```(\w+)\n(.*?)^```", README, re.M | re.S):
         if match[1]:
             heading = match[1]
         elif match[2] == language:
