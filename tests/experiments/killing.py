@@ -65,9 +65,17 @@ def kill_and_finish(
     return trained
 
 
-def _marks(runs: Path) -> tuple:
-    sizes = [(str(p), p.stat().st_size) for p in runs.rglob("metrics.jsonl")]
-    return tuple(sorted(sizes + [(str(p), 0) for p in runs.rglob("checkpoints/*")]))
+def _marks(runs: Path) -> list[tuple[str, int]]:
+    """What changes as a run gets on: its logs' sizes and its checkpoints' names."""
+    marks = []
+    # os.walk passes over folders that the run deletes meanwhile.
+    for folder, folders, files in os.walk(runs):
+        if "metrics.jsonl" in files:
+            marks.append((folder, os.path.getsize(f"{folder}/metrics.jsonl")))
+        if os.path.basename(folder) == "checkpoints":
+            marks += [(f"{folder}/{name}", 0) for name in folders]
+            folders.clear()
+    return sorted(marks)
 
 
 def compare(one: Path, other: Path) -> int:
