@@ -10,6 +10,7 @@ from jax import Array
 
 from effjax.core import Apply, PyTree
 from effjax.errors import SetupError
+from effjax.select import leaves, path_name
 
 Inputs = str | Callable[[PyTree], Any]
 
@@ -158,15 +159,16 @@ def from_function(f: Callable[..., PyTree], inputs: Inputs = "image") -> Apply:
 
 
 def _fill(template: PyTree, pure: PyTree, what: str) -> PyTree:
-    """A State with the template's Variables and the leaves of a dict of arrays."""
-    wanted, structure = jax.tree.flatten(template)
-    found = jax.tree.leaves(pure)
-    if len(found) != len(wanted):
+    """A State with the template's Variables and the arrays of a nested dict, matched by path."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(template)
+    wanted = [path_name(path).removesuffix("/value") for path, _ in paths]
+    found = leaves(pure)
+    if len(found) != len(wanted) or not all(name in found for name in wanted):
         raise SetupError(
-            f"{what} has {len(found)} leaves, but the NNX module has {len(wanted)}. "
-            "They come from another module, or a transform changed the tree's structure."
+            f"{what} has {len(found)} leaves, {list(found)}, but the NNX module has {len(wanted)}, "
+            f"{wanted}. They come from another module, or a transform changed the tree's structure."
         )
-    return jax.tree.unflatten(structure, found)
+    return jax.tree.unflatten(structure, [found[name] for name in wanted])
 
 
 def _seed(streams: PyTree, key: Array) -> PyTree:

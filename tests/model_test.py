@@ -312,3 +312,26 @@ def test_mistakes_with_nnx_are_errors():
         model.apply(params["head"], state, BATCH, KEY, True)
     with pytest.raises(ej.errors.SetupError, match="model_state has 0 leaves"):
         model.apply(params, {}, BATCH, KEY, True)
+    renamed = {**params, "tail": params["head"]}
+    del renamed["head"]
+    with pytest.raises(ej.errors.SetupError, match=r"tail/kernel.*head/kernel"):
+        model.apply(renamed, state, BATCH, KEY, True)
+
+
+def test_nnx_weights_are_matched_by_path_also_with_layer_numbers_as_strings():
+    """As files keep them; as strings, "10" would be sorted before "2"."""
+
+    class Deep(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([nnx.Linear(5, 5, rngs=rngs) for _ in range(11)])
+
+        def __call__(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model = ej.from_nnx(Deep)
+    params, state = model.init(KEY, BATCH)
+    named = {"layers": {str(number): layer for number, layer in params["layers"].items()}}
+    expected, found = (model.apply(p, state, BATCH, KEY, True)[0] for p in (params, named))
+    assert jnp.array_equal(expected, found)
