@@ -10,5 +10,5 @@ Import what is needed from its module:
 | `loop` | `fit(run, step, state, batches, steps=...)`: train, log, evaluate, checkpoint, resume |
 | `config` | `check(config, sparsity=(0, 1))`: bounds of a Config's fields |
 | `provenance` | `provenance()`, `write_json` |
-| `cli` | `python -m experiments` |
+| `cli`, `reporting` | `python -m experiments` |
 """

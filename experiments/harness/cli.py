@@ -15,6 +15,7 @@ from experiments.harness.progress import say
 _USAGE = """usage: python -m experiments list
        python -m experiments NAME [--id ID] [--FIELD VALUE ...]
        python -m experiments NAME --help
+       python -m experiments report RUNS ... [--columns a,b] [--out FOLDER]
 
 Runs go to runs/NAME/ID, or below $EFFJAX_RUNS. The same command again goes on with the same run.
 """
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[0] == "list":
             return _list(words[1:])
+        if words[0] == "report":
+            return _report(words[1:])
         return _run(words[0], words[1:])
     except ExperimentError as error:
         say(f"error: {error}")
@@ -59,6 +62,16 @@ def _list(rest: list[str]) -> int:
         table.add_row(entry.name, entry.title, entry.cost)
     Console().print(table)
     return 0
+
+
+def _report(rest: list[str]) -> int:
+    from effjax.errors import EffjaxError
+    from experiments.harness.reporting import main as report
+
+    try:
+        return report(rest)
+    except EffjaxError as error:
+        raise ExperimentError(str(error)) from error
 
 
 def _run(name: str, rest: list[str]) -> int:

@@ -159,6 +159,43 @@ def test_failures_are_told_without_a_traceback(experiments):
     assert "needs the package 'not_there': pip install -e '.[experiments]'" in err
 
 
+def test_a_report_puts_finished_runs_side_by_side(experiments, tmp_path):
+    for seed, steps, rate in ((0, 1, 0.5), (1, 3, 0.5), (0, 7, 0.25)):
+        arguments = ["--seed", str(seed), "--steps", str(steps), "--rate", str(rate)]
+        assert experiments("toy", *arguments)[0] == 0
+    runs = tmp_path / "runs" / "toy"
+    code, out, _ = experiments("report", str(runs), "--out", str(tmp_path / "out"))
+    assert code == 0
+    names = ["toy, rate=0.5, steps=1", "toy, rate=0.5, steps=3", "toy, rate=0.25, steps=7"]
+    for name, total in zip(names, ("1.5", "3.5", "7.25"), strict=True):
+        assert f"| {name} | {total} |" in out
+    for file in ("table.md", "table.tex", "table.csv", "index.html"):
+        assert "7.25" in (tmp_path / "out" / file).read_text()
+    # The same config with two seeds is one line with a mean.
+    experiments("toy", "--seed", "1", "--steps", "7", "--rate", "0.25", "--id", "again")
+    chosen = [str(p.parent) for p in runs.glob("*/summary.json") if '"steps": 7' in p.read_text()]
+    assert len(chosen) == 2
+    code, out, _ = experiments("report", *chosen, "--columns", "sum")
+    assert out == "| run | sum |\n| :-- | --: |\n| toy | 7.25 |\n"
+
+
+def test_a_report_says_what_it_cannot_read(experiments, tmp_path):
+    code, _, err = experiments("report", str(tmp_path))
+    assert code == 1
+    assert "is no run's folder, nor one that has runs" in err
+    experiments("toy", "--fail", "effjax", "--id", "half")
+    code, _, err = experiments("report", str(tmp_path / "runs" / "toy" / "half"))
+    assert code == 1
+    assert "is not finished: it has no summary.json" in err
+    experiments("toy", "--id", "done")
+    code, _, err = experiments(
+        "report", str(tmp_path / "runs" / "toy" / "done"), "--columns", "som"
+    )
+    assert code == 1
+    assert "no row has 'som'" in err
+    assert "Traceback" not in err
+
+
 def test_a_signal_between_trainings_exits_with_its_code(experiments):
     code, _, err = experiments("toy", "--fail", "signal")
     assert code == 128 + signal.SIGTERM
