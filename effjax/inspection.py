@@ -136,6 +136,7 @@ def _row(site: Site, leaf: Any, facts: Mapping[str, Mapping[str, Any]]) -> Row:
     # What is said of one site, under its name after an "@", goes before what is said of its leaf.
     fact = facts.get("@" + site.path.removeprefix("@"), facts.get(site.leaf, {}))
     weight = 0 if site.weight is None else site.weight
+    leaf = None if site.weight is None else leaf
     weight_bits = fact.get("weight_bits", _width(site.dtypes[weight]))
     act_bits = fact.get("act_bits", _width(site.dtypes[1 - weight]))
     sparsity = None

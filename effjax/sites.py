@@ -118,7 +118,7 @@ def find_sites(
       ('kernel', 'dot_general', 64)
     """
     found = analyze_model(apply, params, model_state, batch, train=train).sites
-    return tuple(site for site in found if activations or site.leaf)
+    return tuple(site for site in found if activations or site.weight is not None)
 
 
 class Step(NamedTuple):
