@@ -16,8 +16,8 @@ Schedule = Callable[[Array], Array]
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a hyper-parameter is an array (perhaps traced, as in a population), whose value is not
-    looked at when the transform is made."""
+    """Whether a hyper-parameter is an array (perhaps traced, as in a population), whose value is
+    not looked at when the transform is made."""
     return isinstance(value, Array)
 
 
@@ -81,7 +81,7 @@ def cubic(final: Scalar, begin: int, end: int, initial: Scalar = 0.0) -> Schedul
 
 
 class Window(NamedTuple):
-    """The steps at which something is updated: `begin`, `begin + every`, ..., up to `end` (included).
+    """The steps at which something is updated: `begin`, `begin + every`, ... and `end`.
 
     Without an end it goes on for ever; with `end == begin` it is that one step.
     """

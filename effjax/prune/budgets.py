@@ -1,7 +1,7 @@
 """Budgets: from a sparsity to how many weights are kept, in each layer or in all together.
 
-A network's sparsity may be spread over its layers in many ways; what selects weights (`masks`) is told
-only the numbers.
+A network's sparsity may be spread over its layers in many ways; what selects weights (`masks`) is
+told only the numbers.
 """
 
 from collections.abc import Mapping
@@ -30,13 +30,14 @@ def overall(sizes: Mapping[str, int], sparsity: Scalar) -> Count:
 def keep(size: int, sparsity: Scalar) -> Count:
     """How many of `size` weights are kept: size - round(sparsity * size), and at least one.
 
-    The product is computed and rounded in float32, halves to the even number, so that a sparsity that is
-    traced (a schedule, a population) gives the same count as the same number written down. Above 2^24
-    weights it is the nearest count that float32 resolves.
+    The product is computed and rounded in float32, halves to the even number, so that a sparsity
+    that is traced (a schedule, a population) gives the same count as the same number written down.
+    Above 2^24 weights it is the nearest count that float32 resolves.
 
     Args:
       size: a number of weights.
-      sparsity: float32 scalar in [0, 1); outside of it the nearest count that there can be is meant.
+      sparsity: float32 scalar in [0, 1); outside of it the nearest count that there can be is
+        meant.
 
     Example:
       >>> int(keep(10, 0.75).value())  # round(7.5) = 8 are pruned
@@ -51,6 +52,6 @@ def check_not_emptied(sizes: Mapping[str, int], sparsity: float) -> None:
     for path, size in sizes.items():
         if np.round(np.float32(sparsity) * np.float32(size)) >= size:
             raise SetupError(
-                f"{path} has {size} weights, and a sparsity of {sparsity} would prune every one of them. "
-                "Leave it out of the selector, or prune less."
+                f"{path} has {size} weights, and a sparsity of {sparsity} would prune every one of "
+                "them. Leave it out of the selector, or prune less."
             )

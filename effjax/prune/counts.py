@@ -1,5 +1,6 @@
 """Exact counts of weights, also above 2^31, where int32 would overflow and JAX has no int64."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -7,13 +8,15 @@ from jax import Array
 
 _DIGIT = 11
 _LOW = 2**_DIGIT - 1
+FLOAT32 = 2**24  # float32 holds every whole number up to here
 INT32 = 2**31
 
 
 class Count(NamedTuple):
     """Whole numbers below 2^42 in two digits: high * 2^11 + low, with 0 <= low < 2^11.
 
-    Both digits are int32 and of one shape; the methods act entry by entry unless they say otherwise.
+    Both digits are int32 and of one shape; the methods act entry by entry unless they say
+    otherwise.
     """
 
     high: Array
@@ -28,7 +31,8 @@ class Count(NamedTuple):
 
     @classmethod
     def rounded(cls, number: Array) -> "Count":
-        """The Count nearest to a float32 array that is not negative; halves go to the even number."""
+        """The Count nearest to a float32 array that is not negative; halves go to the even
+        number."""
         whole = jnp.round(number)
         high = jnp.floor(whole / 2**_DIGIT)
         low = whole - high * 2**_DIGIT  # exact: a power of two only moves the exponent
@@ -40,7 +44,8 @@ class Count(NamedTuple):
         return cls(jnp.stack([c.high for c in counts]), jnp.stack([c.low for c in counts]))
 
     def carried(self) -> "Count":
-        """The same number with its low digit in range again, after digits were added or subtracted."""
+        """The same number with its low digit in range again, after digits were added or
+        subtracted."""
         return Count(self.high + (self.low >> _DIGIT), self.low & _LOW)
 
     def sum(self) -> "Count":
@@ -74,27 +79,40 @@ class Count(NamedTuple):
         high = jnp.where(condition, self.high, other.high)
         return Count(high, jnp.where(condition, self.low, other.low))
 
+    def __int__(self) -> int:
+        """The number, of a Count that is concrete and has no axes."""
+        return int(self.high) * 2**_DIGIT + int(self.low)
+
     def value(self) -> Array:
         """As float32, which is rounded above 2^24."""
         return self.high.astype(jnp.float32) * 2**_DIGIT + self.low.astype(jnp.float32)
 
 
-def count(flags: Array, limit: int = INT32) -> Count:
-    """How many entries of a bool array are True.
+def count(flags: Array) -> Count:
+    """How many entries of a bool array are True. Where it is sharded, the sum is an all-reduce.
 
     Args:
-      flags: bool [...]. Where it is sharded, the sum is an all-reduce.
-      limit: an int32 sum has fewer entries than this.
+      flags: bool [...].
 
     Example:
       >>> import jax.numpy as jnp
-      >>> float(count(jnp.array([[True, False], [True, True]])).value())
-      3.0
+      >>> int(count(jnp.array([[True, False], [True, True]])))
+      3
     """
-    # The longest axes first, so that few sums are left to be added up in digits.
-    axes: list[int] = []
+    # As many axes as float32 can count exactly are summed in it: from bfloat16, which holds 0 and 1
+    # in 2 bytes, that is 2 to 5 times faster than in int32 on a CPU. What is left is summed in
+    # int32 as far as that goes, and then in digits.
+    large = _longest(flags.shape, range(flags.ndim), INT32)
+    small = _longest(flags.shape, large, FLOAT32)
+    partial = jnp.sum(flags.astype(jnp.bfloat16), axis=small, dtype=jnp.float32, keepdims=True)
+    return Count.of(jnp.sum(partial.astype(jnp.int32), axis=large)).sum()
+
+
+def _longest(shape: tuple[int, ...], axes: Sequence[int], limit: int) -> tuple[int, ...]:
+    """Of some axes the longest ones that have fewer than `limit` entries together."""
+    found: list[int] = []
     entries = 1
-    for axis in sorted(range(flags.ndim), key=lambda a: -flags.shape[a]):
-        if entries * flags.shape[axis] < limit:
-            axes, entries = [*axes, axis], entries * flags.shape[axis]
-    return Count.of(jnp.sum(flags, axis=tuple(axes), dtype=jnp.int32)).sum()
+    for axis in sorted(axes, key=lambda a: -shape[a]):
+        if entries * shape[axis] < limit:
+            found, entries = [*found, axis], entries * shape[axis]
+    return tuple(found)

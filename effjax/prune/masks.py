@@ -1,4 +1,4 @@
-"""Masks: which weights are kept. {params path: bool, shaped like the weight}, True where it is kept."""
+"""Masks, {params path: bool [like the weight]}: True where a weight is kept."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -41,8 +41,8 @@ def unstructured(scores: Mapping[str, Array], budget: Budget) -> dict[str, Array
       budget: how many to keep; see `budgets`.
 
     Returns:
-      {path: bool [...]}, with exactly as many kept as the budget says. Of equal scores the first are
-      kept, in the order of the dict and then row-major.
+      {path: bool [...]}, with exactly as many kept as the budget says. Of equal scores the first
+      are kept, in the order of the dict and then row-major.
     """
     return largest(scores, budget)
 

@@ -1,4 +1,5 @@
-"""Scores: how much each weight matters. Higher is kept. They know no step, no mask and no budget."""
+"""Scores: how much each weight matters. Higher is kept. They know no step, no mask and no
+budget."""
 
 import jax.numpy as jnp
 from jax import Array

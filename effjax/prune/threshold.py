@@ -12,24 +12,23 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from effjax.errors import SetupError
-from effjax.prune.counts import INT32, Count, count
+from effjax.prune.counts import Count, count
+
+UINT32 = 2**32
 
 Number = int | Array | Count
 
 
-def largest(
-    scores: Mapping[str, Array], keep: Number | Mapping[str, Number], limit: int = INT32
-) -> dict[str, Array]:
+def largest(scores: Mapping[str, Array], keep: Number | Mapping[str, Number]) -> dict[str, Array]:
     """Masks of exactly the largest scores.
 
-    Of equal scores those that come first are kept: by the order of the dict, then in row-major order.
-    NaN counts as larger than everything, so that it is not pruned away unseen.
+    Of equal scores those that come first are kept: by the order of the dict, then in row-major
+    order. NaN counts as larger than everything, so that it is not pruned away unseen.
 
     Args:
       scores: {path: float [...]}, none negative; of 32 bits or fewer, mixed as you like.
       keep: how many to keep, from 0 up to all of them: one number for all leaves taken together, or
         {path: number} for each leaf by itself. Python integers, int32 scalars or Counts.
-      limit: leaves with this many entries or more are counted and indexed in digits.
 
     Returns:
       {path: bool [...]}, shaped and sharded like the scores.
@@ -61,7 +60,7 @@ def largest(
 
     def at_or_above(pattern: Array) -> Count:
         pairs = zip(patterns, each(pattern), strict=True)
-        return pool([count(x >= p, limit) for x, p in pairs])
+        return pool([count(x >= p) for x, p in pairs])
 
     size = pool([Count.of(x.size) for x in patterns])
     threshold, found = _search(at_or_above, wanted, size, jnp.full(size.high.shape, top))
@@ -70,9 +69,9 @@ def largest(
 
     def with_ties() -> list[Array]:
         ties = [x == p for x, p in zip(patterns, bounds, strict=True)]
-        tied = Count.stack([count(tie, limit) for tie in ties])
+        tied = Count.stack([count(tie) for tie in ties])
         drop = surplus.minus(tied.after()).minimum(tied) if together else surplus
-        dropped = _last(ties, tied, drop, limit)
+        dropped = _last(ties, tied, drop)
         return [(x >= p) & ~d for x, p, d in zip(patterns, bounds, dropped, strict=True)]
 
     def without() -> list[Array]:
@@ -87,8 +86,8 @@ def _patterns(scores: Mapping[str, Array]) -> tuple[list[Array], Array]:
     for path, score in scores.items():
         if not jnp.issubdtype(score.dtype, jnp.floating) or jnp.finfo(score.dtype).bits > 32:
             raise SetupError(
-                f"the scores of {path!r} are {score.dtype}; thresholds are found among floating-point "
-                "scores of 32 bits or fewer. Convert them first: score.astype(jnp.float32)."
+                f"the scores of {path!r} are {score.dtype}; thresholds are found among floating-"
+                "point scores of 32 bits or fewer. Convert them first: score.astype(jnp.float32)."
             )
     dtype = jnp.result_type(*scores.values())
     bits = jnp.finfo(dtype).bits
@@ -134,9 +133,9 @@ def _search(
     return low, at_low
 
 
-def _last(ties: list[Array], tied: Count, drop: Count, limit: int) -> list[Array]:
+def _last(ties: list[Array], tied: Count, drop: Count) -> list[Array]:
     """In each of n bool arrays, the last `drop` [n] of the `tied` [n] entries that are True."""
-    levels = [_positions(tie.shape, limit) for tie in ties]
+    levels = [_positions(tie.shape) for tie in ties]
     depth = max(len(level) for level in levels)
     dropped = [jnp.zeros_like(tie) for tie in ties]
     for level in range(-depth, 0):
@@ -146,26 +145,26 @@ def _last(ties: list[Array], tied: Count, drop: Count, limit: int) -> list[Array
 
         def from_place(x: Array, ties: list[Array] = ties, places: list[Array] = places) -> Count:
             flags = [t & (p >= x[i]) for i, (t, p) in enumerate(zip(ties, places, strict=True))]
-            return Count.stack([count(f, limit) for f in flags])
+            return Count.stack([count(f) for f in flags])
 
         place, _ = _search(from_place, drop, tied, jnp.asarray(sizes, jnp.uint32))
         beyond = [t & (p > place[i]) for i, (t, p) in enumerate(zip(ties, places, strict=True))]
         dropped = [d | b for d, b in zip(dropped, beyond, strict=True)]
-        drop = drop.minus(Count.stack([count(b, limit) for b in beyond]))
+        drop = drop.minus(Count.stack([count(b) for b in beyond]))
         ties = [t & (p == place[i]) for i, (t, p) in enumerate(zip(ties, places, strict=True))]
-        tied = Count.stack([count(t, limit) for t in ties])
+        tied = Count.stack([count(t) for t in ties])
     # At the innermost level each place is one entry: what is left is what is still to be dropped.
     return [d | t for d, t in zip(dropped, ties, strict=True)]
 
 
-def _positions(shape: tuple[int, ...], limit: int) -> list[tuple[Array, int]]:
+def _positions(shape: tuple[int, ...]) -> list[tuple[Array, int]]:
     """Row-major positions, outer levels first: (uint32 [shape], number of positions) with as many
     trailing axes in a level as an int32 can index."""
     levels: list[tuple[Array, int]] = []
     axis = len(shape)
     while axis > 0 or not levels:
         place, size = jnp.zeros(shape, jnp.uint32), 1
-        while axis > 0 and (size == 1 or size * shape[axis - 1] < limit):
+        while axis > 0 and (size == 1 or size * shape[axis - 1] < UINT32):
             axis -= 1
             place = place + lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(size)
             size *= shape[axis]
