@@ -34,6 +34,7 @@ class Operation(NamedTuple):
       replace parameters of the primitive: `run(a8, b8, preferred_element_type=jnp.int32)`.
     given: this site's entry of what the caller passed, the layer's own slice inside a scan; None
       where there is no entry.
+    shared: what the caller passed for all sites.
     axes: manual mesh axes around it, inside `shard_map`; operands are then one shard.
     """
 
@@ -41,6 +42,7 @@ class Operation(NamedTuple):
     operands: tuple[Array, ...]
     run: Callable[..., Array]
     given: PyTree
+    shared: PyTree
     axes: tuple[str, ...]
 
 
@@ -55,6 +57,7 @@ def intercept(
     choose: Callable[[Site], Handler | None],
     *,
     given: Mapping[str, PyTree] | None = None,
+    shared: PyTree = None,
     merge: Callable[[Array, Array], Array] = jnp.maximum,
     check: Check | None = None,
 ) -> Callable[[PyTree, PyTree, PyTree, Array], tuple[PyTree, Measured]]:
@@ -66,6 +69,8 @@ def intercept(
       choose: the handler of a site, or None to leave it alone.
       given: what handlers may read, by site path; where a site is one of a scan's layers, every
         array has the leading axes `site.stack`.
+      shared: what all handlers may read. Arrays that a handler needs belong here rather than in its
+        closure: a `shard_map` over explicit mesh axes takes no arrays that are closed over.
       merge: joins two measurements of one site where a loop or several shards give more than one,
         elementwise; zeros must be its unit. `jnp.maximum` suits ranges, `jnp.add` sums.
       check: called with the analysis, to raise what is wrong with it.
@@ -87,7 +92,7 @@ def intercept(
         analysis = analyze(closed.jaxpr, params, model_state, batch)
         if check is not None:
             check(analysis)
-        run = _Run(choose, given or {}, merge)
+        run = _Run(choose, given or {}, shared, merge)
         body = jaxprs.Body(closed.jaxpr, closed.consts)
         outputs, measured = run.body(body, jax.tree.leaves(args), analysis.plan, _Place())
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs), measured
@@ -107,6 +112,7 @@ class _Run(NamedTuple):
 
     choose: Callable[[Site], Handler | None]
     given: Mapping[str, PyTree]
+    shared: PyTree
     merge: Callable[[Array, Array], Array]
 
     def body(
@@ -158,7 +164,9 @@ class _Run(NamedTuple):
         check_ruled(site)
         run = jaxprs.operation(jaxpr, eqn)
         given = self.given.get(site.path)
-        out, measured = handler(Operation(site, tuple(operands), run, given, place.axes))
+        out, measured = handler(
+            Operation(site, tuple(operands), run, given, self.shared, place.axes)
+        )
         aval: Any = eqn.outvars[0].aval
         if (out.shape, out.dtype) != (aval.shape, aval.dtype):
             raise SiteError(
@@ -267,21 +275,31 @@ class _Run(NamedTuple):
     def shards(
         self, shard_map: jaxprs.ShardMap, operands: list[Any], plan: Plan, place: _Place
     ) -> tuple[Sequence[Any], Measured]:
-        """Each shard hands out its measurements along a new leading axis, and they are merged."""
+        """The measurements of all shards are merged."""
         axes = tuple(sorted(shard_map.axes))
         inner = place._replace(axes=(*place.axes, *axes))
 
-        def shard(*xs: Any) -> tuple[list[Any], Measured]:
-            outs, measured = self.body(shard_map.body, xs, plan, inner)
-            return outs, jax.tree.map(lambda x: jnp.asarray(x)[None], measured)
+        chosen = [s.site.path for s in self.chosen(plan.steps) if s.site is not None]
+        own = {path: self.given[path] for path in chosen if path in self.given}
 
-        outs, measured = jax.shard_map(
+        def everywhere(x: Array) -> Array:
+            # A sum of one-hot rows rather than an all-gather, whose result jax takes to vary.
+            x = jnp.asarray(x)
+            rows = jnp.zeros((shard_map.shards, *x.shape), x.dtype)
+            return lax.psum(rows.at[lax.axis_index(axes)].set(x), axes)
+
+        def shard(passed: Any, *xs: Any) -> tuple[list[Any], Measured]:
+            given, shared = passed
+            run = self._replace(given=given, shared=shared)
+            outs, measured = run.body(shard_map.body, xs, plan, inner)
+            return outs, self.fold(jax.tree.map(everywhere, measured))
+
+        return jax.shard_map(
             shard,
-            in_specs=shard_map.in_specs,
-            out_specs=(list(shard_map.out_specs), PartitionSpec(axes)),
+            in_specs=(PartitionSpec(), *shard_map.in_specs),
+            out_specs=(list(shard_map.out_specs), PartitionSpec()),
             **shard_map.options,
-        )(*operands)
-        return outs, {path: self.fold(tree) for path, tree in measured.items()}
+        )((own, self.shared), *operands)
 
     def fold(self, tree: PyTree) -> PyTree:
         """Merges along the leading axis, in halves."""

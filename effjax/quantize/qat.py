@@ -133,11 +133,11 @@ def qat(
         return {}, state
 
     def wrap(forward: Forward, extra: PyTree, state: PyTree, ctx: Ctx) -> Forward:
-        def grid(bits: numerics.Bits) -> Grid:
+        def grid(bits: numerics.Bits, shared: dict[str, Any]) -> Grid:
             grid = numerics.grid(bits)
             if not ctx.train or (not is_traced(start) and start <= 0):
                 return grid
-            return grid._replace(identity=grid.identity | (ctx.step < start))
+            return grid._replace(identity=grid.identity | (shared["step"] < shared["start"]))
 
         def range_of(op: Operation, x: Array, name: str) -> tuple[Array, Array, dict[str, Array]]:
             """The activation's range, whether there is one, and what was seen."""
@@ -152,21 +152,21 @@ def qat(
             if static:
                 largest, count = op.given[name]
                 if ctx.train:
-                    largest, count = _observe(largest, count, seen[name], decay)
+                    largest, count = _observe(largest, count, seen[name], op.shared["decay"])
                 known = count > 0
             return largest.reshape((1,) * x.ndim), known, seen
 
         def handler(op: Operation) -> tuple[Array, PyTree]:
-            site, bits = op.site, asked.at(op.site.path)
-            operands = list(op.operands)
+            site, operands = op.site, list(op.operands)
+            bits = op.shared["bits"][asked.which(site.path)]
             seen: dict[str, Array] = {}
-            if site.weight is not None and not is_float(bits.weights):
-                w, g = operands[site.weight], grid(bits.weights)
+            if site.weight is not None and not is_float(asked.at(site.path).weights):
+                w, g = operands[site.weight], grid(bits.weights, op.shared)
                 channels = site.channels[site.weight] if per_channel else ()
                 scale = numerics.scale_of(numerics.absmax(w, channels), g)
                 operands[site.weight] = numerics.fake_quant(w, scale, g)
             for i, name in asked.inputs(site).items():
-                x, g = operands[i], grid(bits.activations)
+                x, g = operands[i], grid(bits.activations, op.shared)
                 largest, known, found = range_of(op, x, name)
                 g = g._replace(identity=g.identity | ~known)
                 operands[i] = numerics.fake_quant(x, numerics.scale_of(largest, g), g, static)
@@ -185,7 +185,8 @@ def qat(
                 return forward(params, model_state, batch, key, train)
 
             given = _by_site(state) if static else None
-            run = intercept(closed, choose, given=given, check=check)
+            shared = {"bits": asked.widths, "step": ctx.step, "start": start, "decay": decay}
+            run = intercept(closed, choose, given=given, shared=shared, check=check)
             (outputs, model_state, aux), measured = run(params, model_state, batch, key)
             seen = {name: value for found in measured.values() for name, value in found.items()}
             return outputs, model_state, {**aux, "ranges": seen}
@@ -226,8 +227,8 @@ def _observe(
     average_n = sum_i d^(n-i) x_i / sum_i d^(n-i), computed as a step of size (1 - d) / (1 - d^n).
     Nothing is learnt from zeros (a branch that did not run) and from numbers that are not finite.
     """
-    n = count + 1
-    moved = average + (1 - decay) / (1 - decay ** n.astype(jnp.float32)) * (seen - average)
+    n, d = count + 1, jnp.asarray(decay, jnp.float32)
+    moved = average + (1 - d) / (1 - d ** n.astype(jnp.float32)) * (seen - average)
     learnt = (seen > 0) & jnp.isfinite(seen)
     return jnp.where(learnt, moved, average), jnp.where(learnt, n, count)
 

@@ -43,9 +43,19 @@ class Rules(NamedTuple):
             return True
         return site.op != GATHER and _any(self.select, site.leaves)
 
+    @property
+    def widths(self) -> tuple[Bits, ...]:
+        """The default and the rules' bits."""
+        return self.default, *(bits for _, bits in self.bits)
+
+    def which(self, path: str) -> int:
+        """Which of the `widths` a site has."""
+        found = (i for i, (pattern, _) in enumerate(self.bits, 1) if re.search(pattern, path))
+        return next(found, 0)
+
     def at(self, path: str) -> Bits:
         """The bits at a site."""
-        return next((bits for pattern, bits in self.bits if re.search(pattern, path)), self.default)
+        return self.widths[self.which(path)]
 
     def inputs(self, site: Site) -> dict[int, str]:
         """The operands that are rounded as activations, and the names of their ranges."""
