@@ -86,10 +86,15 @@ class Case:
     @functools.cached_property
     def trajectory(self) -> list[TrainState]:
         """The states at steps 0 .. steps."""
+        return self._run[0]
+
+    @functools.cached_property
+    def _run(self) -> tuple[list[TrainState], int]:
         states = [self.init()]
-        for _ in range(self.steps):
-            states.append(self.jitted(states[-1], self.batch, self.inputs)[0])
-        return states
+        with compilations("step") as compiled:
+            for _ in range(self.steps):
+                states.append(self.jitted(states[-1], self.batch, self.inputs)[0])
+        return states, len(compiled)
 
 
 @contextlib.contextmanager
@@ -181,11 +186,7 @@ def _stable_state(case: Case) -> None:
     for number, state in enumerate(others, 1):
         a, b = (jax.tree.map(_description, s) for s in (first, state))
         assert a == b, f"after step {number} the state is {_difference(a, b)}"
-    with compilations("step") as compiled:
-        step, state = jax.jit(case.step()), first
-        for _ in range(case.steps):
-            state, _ = step(state, case.batch, case.inputs)
-    assert len(compiled) == 1, f"the step compiled {len(compiled)} times"
+    assert case._run[1] == 1, f"the step compiled {case._run[1]} times"
 
 
 def _description(x: Array) -> str:
@@ -272,35 +273,35 @@ def _sharded(case: Case) -> None:
         _close(state, one[0], f"the first state {where}")
         shardings = state_shardings(state, layout)
         step = jax.jit(case.step(), out_shardings=(shardings, None))
+        # The compiled step takes its own result again only if no sharding has changed.
+        compiled = step.lower(state, batch, frozen).compile()
+        jax.block_until_ready(compiled(compiled(state, batch, frozen)[0], batch, frozen))
         # From the same weights the masks are equal; after float arithmetic in another order the
         # weights differ by rounding, so each step starts from the one-device run's.
-        with compilations("step") as compiled:
-            for before, after in itertools.pairwise(one):
-                state, _ = step(jax.device_put(before, shardings), batch, frozen)
-                _close(state, after, f"step {int(before.step)} {where}")
-            jax.block_until_ready(step(state, batch, frozen))
-        assert len(compiled) == 1, f"the step compiled {len(compiled)} times {where}"
-        _no_gather(case, step.lower(state, batch, frozen), layout, where)
+        for before, after in itertools.pairwise(one):
+            state, _ = compiled(jax.device_put(before, shardings), batch, frozen)
+            _close(state, after, f"step {int(before.step)} {where}")
+        # Splitting activations may gather some of them; what matters is what the transform adds.
+        added = _gathered(compiled.as_text()) - _plain_gathers(case.model, case.loss, layout, batch)
+        weights = {
+            tuple(sorted(x.shape))
+            for path, x in leaves(state.vars.model).items()
+            if layout.spec(path, x.shape) != PartitionSpec()
+        }
+        assert not added & weights, f"all-gathers of weights of shapes {added & weights} {where}"
 
 
-def _no_gather(case: Case, lowered: Any, layout: Layout, where: str) -> None:
-    # Splitting activations may gather some of them; what matters is what the transform adds.
-    state = case.init(chain(), layout=layout)
-    step = jax.jit(case.step(chain()), out_shardings=(state_shardings(state, layout), None))
-    plain = _gathered(step.lower(state, layout.put_batch(case.batch)))
-    weights = {
-        tuple(sorted(x.shape))
-        for path, x in leaves(state.vars.model).items()
-        if layout.spec(path, x.shape) != PartitionSpec()
-    }
-    added = (_gathered(lowered) - plain) & weights
-    assert not added, f"all-gathers of weights of shapes {added} {where}"
+def _plain_gathers(model: Model, loss: Loss, layout: Layout, batch: PyTree) -> set[tuple[int, ...]]:
+    """What gradients of the plain model gather on this layout."""
+    state = init_state(jax.random.key(0), model, chain(), optax.sgd(0.1), batch, layout=layout)
+    step = make_step(model.apply, chain(), loss, optax.sgd(0.1))
+    jitted = jax.jit(step, out_shardings=(state_shardings(state, layout), None))
+    return _gathered(jitted.lower(state, batch).compile().as_text())
 
 
-def _gathered(lowered: Any) -> set[tuple[int, ...]]:
+def _gathered(text: str | None) -> set[tuple[int, ...]]:
     """The shapes, sorted, of the results of all-gathers in a compiled program."""
-    text = lowered.compile().as_text()
-    shapes = re.findall(r"= \(?\w+\[([\d,]*)\][^=]*? all-gather", text)
+    shapes = re.findall(r"= \(?\w+\[([\d,]*)\][^=]*? all-gather", text or "")
     return {tuple(sorted(int(n) for n in shape.split(",") if n)) for shape in shapes}
 
 
