@@ -20,6 +20,7 @@ from typing import Any
 
 from experiments.harness.config import as_dict, config_hash, difference
 from experiments.harness.errors import RunError
+from experiments.harness.progress import say
 from experiments.harness.provenance import provenance, write_json
 
 _chosen_id: ContextVar[str | None] = ContextVar("chosen_id", default=None)
@@ -106,7 +107,21 @@ def open_run(experiment: str, config: Any, *, id: str | None = None) -> Run:
             f"{path} was begun with another config ({changed}). Give this run another --id, leave "
             "--id out, or move the folder away."
         )
+    elif changed := _changed(before.get("provenance", {}), provenance()):
+        say(
+            f"{path} was begun with other code or on another machine ({changed}): what it goes on "
+            "to compute may differ in the last bits from a run that was not interrupted."
+        )
     return Run(path, plain, f"{experiment}/{id}")
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What of code, versions and hardware is not as it was, for a message."""
+    old, new = (
+        {"commit": p.get("commit"), **p.get("versions", {}), **p.get("hardware", {})}
+        for p in (before, now)
+    )
+    return difference(old, new)
 
 
 class MetricsLog:

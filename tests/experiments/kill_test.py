@@ -36,6 +36,15 @@ def test_twenty_sigkills_change_no_bit(whole, tmp_path):
     assert compare(whole, tmp_path) == 1
 
 
+@pytest.mark.slow
+def test_twenty_sigkills_of_the_quickstart_change_no_bit(tmp_path):
+    command = [sys.executable, "-m", "experiments", "quickstart", "--epochs", "3", "--seeds", "1"]
+    seconds = finish(command, tmp_path / "whole")
+    trained = kill_and_finish(command, tmp_path / "killed", 20, seconds / 12, random.Random())
+    assert trained >= 5
+    assert compare(tmp_path / "whole", tmp_path / "killed") >= 6
+
+
 def test_sigterm_saves_and_exits_with_143_and_says_how_to_go_on(whole, tmp_path):
     process = start(COMMAND, tmp_path)
     [run] = wait_for(lambda: list(tmp_path.glob("small/*/metrics.jsonl")))

@@ -82,6 +82,20 @@ def test_another_configs_folder_is_refused_and_the_difference_named():
             open_run("x", Config(), id=bad or " ")
 
 
+def test_code_or_machine_that_changed_meanwhile_is_said(capsys):
+    run = open_run("x", Config())
+    open_run("x", Config())
+    assert capsys.readouterr().err == ""
+    record = json.loads((run.path / "config.json").read_text())
+    record["provenance"]["versions"]["jax"] = "0.0.1"
+    record["provenance"]["commit"] = "f" * 40
+    write_json(run.path / "config.json", record)
+    assert open_run("x", Config()).path == run.path
+    said = capsys.readouterr().err
+    assert "was begun with other code or on another machine (commit: 'ffff" in said
+    assert "jax: '0.0.1' -> " in said
+
+
 def test_a_folder_in_use_by_another_process_is_refused():
     run = open_run("x", Config())
     code = (
