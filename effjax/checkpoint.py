@@ -1,9 +1,6 @@
 """Checkpoints that are known to be whole: saved by orbax, digested leaf by leaf, and read from the
 newest that still holds what was written."""
 
-import hashlib
-import json
-import os
 import re
 import shutil
 import warnings
@@ -20,10 +17,17 @@ from jax import Array
 from effjax.core import PyTree
 from effjax.digest import digests, is_key, plain
 from effjax.errors import CheckpointError
-from effjax.select import leaves
-
-_FORMAT = 1
-_FILES = "files.json"
+from effjax.manifest import (
+    FORMAT,
+    DamagedError,
+    as_array,
+    brief,
+    check_files,
+    check_match,
+    record_of,
+    seal_files,
+    sha256_of,
+)
 
 
 class CheckpointWarning(UserWarning):
@@ -116,11 +120,11 @@ class Checkpoints:
                 f"cannot save step {step}: {self.directory} has step {later[-1]}. Restore it and "
                 "go on from there, or save to another folder."
             )
-        arrays = [_as_array(leaf) for leaf in jax.tree.leaves(tree)]
-        record = _record(step, tree, digests(arrays))
+        arrays = [as_array(leaf) for leaf in jax.tree.leaves(tree)]
+        record = record_of(step, tree, digests(arrays))
         record["metadata"] = dict(metadata or {})
         try:
-            record["sha256"] = _sha256(record)
+            record["sha256"] = sha256_of(record)
         except (TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the metadata {metadata!r:.200} is not JSON: {error}."
@@ -174,7 +178,7 @@ class Checkpoints:
         for candidate in reversed(steps) if step is None else [step]:
             try:
                 tree, metadata = self._read(candidate, target)
-            except _DamagedError as error:
+            except DamagedError as error:
                 skipped.append((candidate, str(error)))
                 continue
             self._good.add(candidate)
@@ -204,30 +208,28 @@ class Checkpoints:
         self._orbax.wait_until_finished()
         # A kill before this leaves a checkpoint with its digests only, which do for what matters.
         if jax.process_index() == 0:
-            temporary = folder / f"{_FILES}.tmp"
-            temporary.write_text(json.dumps(_file_hashes(folder), indent=1))
-            os.replace(temporary, folder / _FILES)
+            seal_files(folder)
 
     def _read(self, step: int, target: PyTree) -> tuple[PyTree, dict[str, Any]]:
         folder = self.directory / str(step)
         restore = self._orbax.restore
-        _check_files(folder)
+        check_files(folder)
         # Damage shows as any exception at all: orbax and its storage raise a dozen kinds.
         try:
             record = restore(folder, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
             sha256, record = record["sha256"], {k: v for k, v in record.items() if k != "sha256"}
-            intact = sha256 == _sha256(record) and record["step"] == step
+            intact = sha256 == sha256_of(record) and record["step"] == step
         except Exception as error:
-            raise _DamagedError(f"its record cannot be read ({_brief(error)})") from error
+            raise DamagedError(f"its record cannot be read ({brief(error)})") from error
         if not intact:
-            raise _DamagedError("its record is not what was written")
-        if record["format"] != _FORMAT:
+            raise DamagedError("its record is not what was written")
+        if record["format"] != FORMAT:
             raise CheckpointError(
                 f"{folder} has checkpoint format {record['format']}; this version of effjax reads "
-                f"{_FORMAT}."
+                f"{FORMAT}."
             )
-        wanted = [_as_array(leaf) for leaf in jax.tree.leaves(target)]
-        _check_match(record["leaves"], _record(step, target, [""] * len(wanted))["leaves"], folder)
+        wanted = [as_array(leaf) for leaf in jax.tree.leaves(target)]
+        check_match(record["leaves"], record_of(step, target, [""] * len(wanted))["leaves"], folder)
         stored = {_slot(i): _stored_spec(x) for i, x in enumerate(wanted) if x.size}
         try:
             args = ocp.args.Composite(
@@ -240,10 +242,10 @@ class Checkpoints:
             ]
             read = digests(arrays)
         except Exception as error:
-            raise _DamagedError(f"its leaves cannot be read ({_brief(error)})") from error
+            raise DamagedError(f"its leaves cannot be read ({brief(error)})") from error
         entries = zip(record["leaves"], read, strict=True)
         if changed := [e["path"] for e, digest in entries if e["digest"] != digest]:
-            raise _DamagedError(f"the leaves {changed[:3]} are not what was written")
+            raise DamagedError(f"the leaves {changed[:3]} are not what was written")
         return jax.tree.unflatten(jax.tree.structure(target), arrays), record["metadata"]
 
     def _tidy(self) -> None:
@@ -261,81 +263,8 @@ class Checkpoints:
         self._unreadable.clear()
 
 
-class _DamagedError(Exception):
-    """One checkpoint cannot be read."""
-
-
-def _file_hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file by its path below the folder."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(_FILES))
-    return {p.relative_to(folder).as_posix(): _hash_file(p) for p in files}
-
-
-def _hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_files(folder: Path) -> None:
-    """Finds most damage before orbax meets it, whose readers fail noisily."""
-    noted = folder / _FILES
-    if not noted.exists():
-        return
-    try:
-        before = json.loads(noted.read_text())
-        now = _file_hashes(folder)
-        changed = [name for name, sha256 in before.items() if now.get(name) != sha256]
-    except (OSError, ValueError, AttributeError) as error:
-        raise _DamagedError(f"its files cannot be read ({_brief(error)})") from error
-    if changed:
-        missing = sorted(set(before) - set(now))
-        what = f"{missing[:3]} are missing" if missing else f"{changed[:3]} changed"
-        raise _DamagedError(f"its files {what}")
-
-
-def _record(step: int, tree: PyTree, digests: list[str]) -> dict[str, Any]:
-    entries = [
-        {"path": path, "dtype": str(x.dtype), "shape": list(x.shape), "impl": _impl(x), "digest": d}
-        for (path, leaf), d in zip(leaves(tree).items(), digests, strict=True)
-        for x in [_as_array(leaf)]
-    ]
-    return {"format": _FORMAT, "step": step, "leaves": entries}
-
-
-def _check_match(saved: list[dict], wanted: list[dict], folder: Path) -> None:
-    def spec(entry: dict) -> str:
-        return f"{entry['dtype']}{entry['shape']}"
-
-    have = {e["path"]: spec(e) for e in saved}
-    want = {e["path"]: spec(e) for e in wanted}
-    problems = [f"{p!r} is only in the checkpoint" for p in have if p not in want]
-    problems += [f"{p!r} is only in the target" for p in want if p not in have]
-    problems += [
-        f"{p!r} is {have[p]} in the checkpoint and {want[p]} in the target"
-        for p in have
-        if p in want and have[p] != want[p]
-    ]
-    if not problems and list(have) != list(want):
-        problems = ["the leaves come in another order"]
-    if problems:
-        more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise CheckpointError(
-            f"{folder} was saved from another model, transform or optimizer: "
-            f"{'; '.join(problems[:8])}{more}. Restore it with the configuration it was made with, "
-            "or use another folder."
-        )
-
-
 def _slot(index: int) -> str:
     return f"leaf{index:05d}"
-
-
-def _as_array(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, (Array, jax.ShapeDtypeStruct)) else jnp.asarray(leaf)
-
-
-def _impl(x: Any) -> str | None:
-    return str(jax.random.key_impl(x)) if isinstance(x, Array) and is_key(x) else None
 
 
 def _own_buffer(x: Array) -> Array:
@@ -365,11 +294,6 @@ def _restored(found: Array | None, wanted: Any, entry: dict[str, Any]) -> Array:
     return found
 
 
-def _sha256(record: Mapping[str, Any]) -> str:
-    text = json.dumps(record, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _delete(folder: Path) -> None:
     # Under another name first: a kill halfway must leave nothing that looks like a checkpoint.
     doomed = folder.with_name(folder.name + ".deleted")
@@ -379,8 +303,3 @@ def _delete(folder: Path) -> None:
 
 def _list(skipped: list[tuple[int, str]]) -> str:
     return "; ".join(f"the checkpoint of step {step} is damaged: {why}" for step, why in skipped)
-
-
-def _brief(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:120]}"
