@@ -11,8 +11,8 @@ FLAGS = (
 )
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_compilation_cache_dir", f"{tempfile.gettempdir()}/effjax-test-cache")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
