@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from effjax.core import Metrics, PyTree
 from effjax.errors import SetupError, ShardingError
+from effjax.mapped import in_turn, members, side_by_side, stack
 from effjax.step import Mean, TrainState
 
 # The step counter is one for all runs, so that what happens at some steps only stays a `cond`.
@@ -31,7 +32,12 @@ class Run(NamedTuple):
 
 
 class Population(NamedTuple):
-    """K runs with one state: a TrainState whose leaves have a leading axis [K], but for `step`.
+    """K runs that step together.
+
+    Their states are one TrainState with a leading axis [K] on all leaves but `step` where they run
+    side by side, and a tuple of K TrainStates where they are mapped: taking a stack apart and
+    putting it together again would cost as much as a small network's step. Either is a pytree to
+    checkpoint and pass on; `member` and `stack` look into both.
 
     size: K.
     mode: "vmap" or "map".
@@ -50,9 +56,18 @@ class Population(NamedTuple):
     step: Callable[..., tuple[TrainState, Metrics]]
     evaluate: Callable[..., dict[str, Mean]]
 
-    def member(self, states: TrainState, index: int | Array) -> TrainState:
+    def member(self, states: Any, index: int) -> TrainState:
         """The state of one run, for `export`, a checkpoint, or to go on alone."""
-        return _split(states, STATE_AXES, index)
+        if self.mode == "map":
+            return states[index]
+        own = jax.tree.map(lambda x: x[index], states._replace(step=()))
+        return own._replace(step=states.step)
+
+    def stack(self, states: Any) -> TrainState:
+        """All runs' states as one TrainState, [K] on all leaves but `step`."""
+        if self.mode == "vmap":
+            return states
+        return stack([own._replace(step=()) for own in states])._replace(step=states[0].step)
 
 
 def population(
@@ -102,7 +117,7 @@ def population(
       >>> runs = ej.population(build, {"lr": [0.0, 0.1, 0.2]})
       >>> states = runs.init(jax.random.split(jax.random.key(0), 3), {"x": jnp.ones((8, 4))})
       >>> states, metrics = runs.step(states, {"x": jnp.ones((8, 4))})
-      >>> states.vars.model["kernel"].shape, metrics["loss"].shape
+      >>> runs.stack(states).vars.model["kernel"].shape, metrics["loss"].shape
       ((3, 4, 2), (3,))
     """
     hypers, size = _check_hypers(hypers)
@@ -126,31 +141,46 @@ def population(
             raise SetupError("build gives no evaluate: Run(init, step, make_eval(...)).")
         return run.evaluate(state, batch, frozen)
 
-    batched = (STATE_AXES, batch_axis, None)
-    all_init = _together(init, (0, 0, batch_axis, None), STATE_AXES, mode, mesh)
-    all_step = _together(step, (0, *batched), (STATE_AXES, 0), mode, mesh, donate)
-    all_evaluate = _together(evaluate, (0, *batched), 0, mode, mesh)
+    if mode == "map":
+        all_init = in_turn(init, batch_axis, tuple)
+        all_step = in_turn(step, batch_axis, _join_step, donate)
+        all_evaluate = in_turn(evaluate, batch_axis, stack)
+    else:
+        batched = (STATE_AXES, batch_axis, None)
+        all_init = side_by_side(init, (0, 0, batch_axis, None), STATE_AXES, mesh)
+        all_step = side_by_side(step, (0, *batched), (STATE_AXES, 0), mesh, donate)
+        all_evaluate = side_by_side(evaluate, (0, *batched), 0, mesh)
 
-    def init_all(keys: Array, batch: PyTree, frozen: PyTree = None) -> TrainState:
+    def spread(tree: PyTree) -> PyTree:
+        return members(tree, size) if mode == "map" else tree
+
+    spread_hypers = spread(hypers)
+
+    def chosen(other: PyTree) -> PyTree:
+        return spread_hypers if other is None else spread(_check_other_hypers(other, hypers))
+
+    def init_all(keys: Array, batch: PyTree, frozen: PyTree = None) -> PyTree:
         if np.shape(keys)[:1] != (size,):
             raise SetupError(
                 f"init got keys of shape {list(np.shape(keys))} for {size} runs; give each its "
                 f"own: jax.random.split(jax.random.key(seed), {size})."
             )
-        return all_init(hypers, keys, batch, frozen)
+        return all_init(spread_hypers, spread(keys), batch, frozen)
 
-    def chosen(other: PyTree) -> PyTree:
-        return hypers if other is None else _check_other_hypers(other, hypers)
-
-    def step_all(states: TrainState, batch: PyTree, frozen: PyTree = None, hypers: PyTree = None):
+    def step_all(states: PyTree, batch: PyTree, frozen: PyTree = None, hypers: PyTree = None):
+        _check_states(states, size, mode)
         return all_step(chosen(hypers), states, batch, frozen)
 
-    def evaluate_all(
-        states: TrainState, batch: PyTree, frozen: PyTree = None, hypers: PyTree = None
-    ):
+    def evaluate_all(states: PyTree, batch: PyTree, frozen: PyTree = None, hypers: PyTree = None):
+        _check_states(states, size, mode)
         return all_evaluate(chosen(hypers), states, batch, frozen)
 
     return Population(size, mode, hypers, init_all, step_all, evaluate_all)
+
+
+def _join_step(found: list[tuple[TrainState, Metrics]]) -> tuple[tuple[TrainState, ...], Metrics]:
+    states, metrics = zip(*found, strict=True)
+    return states, stack(metrics)
 
 
 def grid(**axes: Any) -> dict[str, Array]:
@@ -163,86 +193,6 @@ def grid(**axes: Any) -> dict[str, Array]:
     """
     arrays = jnp.meshgrid(*(jnp.asarray(values) for values in axes.values()), indexing="ij")
     return {name: array.ravel() for name, array in zip(axes, arrays, strict=True)}
-
-
-def _split(tree: PyTree, axes: PyTree, index: int | Array) -> PyTree:
-    """Entry `index` of each leaf whose axis (a prefix tree, as in vmap) is 0."""
-    return _by_axis(lambda x: x[index], lambda part: part, axes, tree)
-
-
-def _join(axes: PyTree, *parts: PyTree) -> PyTree:
-    """The inverse of `_split`, for the parts in order."""
-    return _by_axis(lambda *xs: jnp.stack(xs), lambda first, *rest: first, axes, *parts)
-
-
-def _by_axis(batched: Any, shared: Any, axes: PyTree, *trees: PyTree) -> PyTree:
-    def subtree(axis: int | None, *parts: PyTree) -> PyTree:
-        return shared(*parts) if axis is None else jax.tree.map(batched, *parts)
-
-    return jax.tree.map(subtree, axes, *trees, is_leaf=_is_none)
-
-
-def _is_none(axis: Any) -> bool:
-    return axis is None
-
-
-def _together(
-    run: Callable[..., Any],
-    in_axes: tuple[Any, ...],
-    out_axes: Any,
-    mode: str,
-    mesh: Mesh | None,
-    donate: bool = False,
-) -> Callable[..., Any]:
-    """`run` for all members; its arguments are (hypers, states or keys, batch, frozen)."""
-    if mode == "map":
-        return _one_after_another(run, in_axes, out_axes, donate)
-    mapped = jax.vmap(run, in_axes=in_axes, out_axes=out_axes)
-    donated = (1,) if donate else ()
-    if mesh is None:
-        return jax.jit(mapped, donate_argnums=donated)
-    given, placed = _specs(in_axes, mesh), _specs(out_axes, mesh)
-    # Nothing is exchanged between the devices, so there is no replication for jax to check.
-    dealt = jax.shard_map(mapped, mesh=mesh, in_specs=given, out_specs=placed, check_vma=False)
-    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), given)
-    jitted = jax.jit(dealt, donate_argnums=donated)
-    return lambda *args: jitted(*jax.device_put(args, places))
-
-
-def _one_after_another(
-    run: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any, donate: bool
-) -> Callable[..., Any]:
-    # Three programs: one takes the members apart, one is a run, one puts them together. So a run in
-    # a population is computed by the very instructions of a run alone.
-    single = jax.jit(run)
-    together = jax.jit(lambda parts: _join(out_axes, *parts))
-
-    @jax.jit
-    def apart(hypers: PyTree, states: PyTree, batch: PyTree) -> list[PyTree]:
-        size = len(jax.tree.leaves(hypers)[0])
-        return [_split((hypers, states, batch), in_axes[:3], k) for k in range(size)]
-
-    def mapped(hypers: PyTree, states: PyTree, batch: PyTree, frozen: PyTree) -> PyTree:
-        parts = [single(*own, frozen) for own in apart(hypers, states, batch)]
-        if donate:
-            _by_axis(_delete, lambda part: None, in_axes[1], states)
-        return together(parts)
-
-    return mapped
-
-
-def _delete(leaf: Array) -> None:
-    if not isinstance(leaf, jax.core.Tracer):
-        leaf.delete()
-
-
-def _specs(axes: PyTree, mesh: Mesh) -> PyTree:
-    (name,) = mesh.axis_names
-    return jax.tree.map(
-        lambda axis: PartitionSpec() if axis is None else PartitionSpec(name),
-        axes,
-        is_leaf=_is_none,
-    )
 
 
 def _check_other_hypers(other: PyTree, hypers: PyTree) -> PyTree:
@@ -287,6 +237,17 @@ def _check_hypers(hypers: PyTree) -> tuple[PyTree, int]:
         )
     structure = jax.tree.structure(hypers, is_leaf=_is_list)
     return jax.tree.unflatten(structure, arrays.values()), next(iter(lengths.values()))
+
+
+def _check_states(states: PyTree, size: int, mode: str) -> None:
+    if isinstance(states, TrainState) != (mode == "vmap") or (
+        mode == "map" and len(states) != size
+    ):
+        wanted = "one TrainState" if mode == "vmap" else f"a tuple of {size} TrainStates"
+        raise SetupError(
+            f"the states are a {type(states).__name__}; a population in mode {mode!r} has "
+            f"{wanted}. They come from another population: take `init`'s."
+        )
 
 
 def _check_mesh(mesh: Mesh, size: int, mode: str) -> None:
