@@ -29,6 +29,7 @@ class Program(NamedTuple):
 
 
 X, SQUARE = normal(8, 4), normal(4, 4)
+RISING = jnp.linspace(0.55, 0.95, 16).reshape(4, 4)
 IMAGE = normal(2, 6, 6, 4)
 WEIGHTS = {"a": {"kernel": normal(4, 4)}, "b": {"kernel": normal(4, 4)}}
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -91,7 +92,7 @@ def fori(params, x):
 
 
 def condition(params, x):
-    return lax.while_loop(lambda x: jnp.max(x @ params["kernel"]) < 100.0, lambda x: 1.1 * x, x)
+    return lax.while_loop(lambda x: jnp.max(x @ params["kernel"]) < 100.0, lambda x: 1.01 * x, x)
 
 
 def cond(params, x):
@@ -185,7 +186,7 @@ PROGRAMS = {
     ),
     "while": Program(loop, {"kernel": SQUARE}, X, ["kernel"]),
     "fori": Program(fori, {"kernel": SQUARE}, X, ["kernel"]),
-    "condition": Program(condition, {"kernel": jnp.full((4, 4), 1.4)}, jnp.abs(X), ["kernel"]),
+    "condition": Program(condition, {"kernel": RISING}, jnp.abs(X), ["kernel"]),
     "cond": Program(cond, WEIGHTS, X, ["a/kernel", "b/kernel"]),
     "switch": Program(switch, {"a": WEIGHTS["a"]}, X, ["a/kernel"]),
     "beside custom": Program(beside_custom, WEIGHTS, X, ["a/kernel", "b/kernel"]),
