@@ -159,8 +159,8 @@ def _plan(
     if callable(sparsity):
         if not plain:
             raise ScheduleError(
-                f"initial={initial} goes with a final sparsity, which the cubic schedule leads to; a "
-                "schedule of your own says itself where it starts."
+                f"initial={initial} goes with a final sparsity and the cubic schedule; a schedule "
+                "of your own says itself where it starts."
             )
         schedule, window = sparsity, Window(begin, end, every)
     elif end is not None:

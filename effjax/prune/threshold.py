@@ -6,6 +6,7 @@ Each pass reads the scores once and needs only their count, which is an all-redu
 where they are sharded: no leaf is sorted, gathered, reshaped or concatenated.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
@@ -135,38 +136,49 @@ def _search(
 
 def _last(ties: list[Array], tied: Count, drop: Count) -> list[Array]:
     """In each of n bool arrays, the last `drop` [n] of the `tied` [n] entries that are True."""
-    levels = [_positions(tie.shape) for tie in ties]
-    depth = max(len(level) for level in levels)
+    levels = [_levels(tie.shape) for tie in ties]
     dropped = [jnp.zeros_like(tie) for tie in ties]
-    for level in range(-depth, 0):
-        # An array with fewer levels has one position, 0, at the outer ones.
-        at = [x[level] if -level <= len(x) else (jnp.uint32(0), 1) for x in levels]
-        places, sizes = [place for place, _ in at], [size for _, size in at]
+    for level in range(-max(len(axes) for axes in levels), 0):
+        # An array with fewer levels has a single place, 0, at the outer ones.
+        axes = [found[level] if -level <= len(found) else () for found in levels]
+        sizes = [math.prod(t.shape[a] for a in over) for t, over in zip(ties, axes, strict=True)]
 
-        def from_place(x: Array, ties: list[Array] = ties, places: list[Array] = places) -> Count:
-            flags = [t & (p >= x[i]) for i, (t, p) in enumerate(zip(ties, places, strict=True))]
-            return Count.stack([count(f) for f in flags])
+        def at_or_after(x: Array, ties: list[Array] = ties, axes=axes) -> Count:
+            flags = [tie & _compare(tie.shape, axes[i], x[i])[1] for i, tie in enumerate(ties)]
+            return Count.stack([count(flag) for flag in flags])
 
-        place, _ = _search(from_place, drop, tied, jnp.asarray(sizes, jnp.uint32))
-        beyond = [t & (p > place[i]) for i, (t, p) in enumerate(zip(ties, places, strict=True))]
-        dropped = [d | b for d, b in zip(dropped, beyond, strict=True)]
-        drop = drop.minus(Count.stack([count(b) for b in beyond]))
-        ties = [t & (p == place[i]) for i, (t, p) in enumerate(zip(ties, places, strict=True))]
-        tied = Count.stack([count(t) for t in ties])
+        x, _ = _search(at_or_after, drop, tied, jnp.asarray(sizes, jnp.uint32))
+        found = [_compare(tie.shape, axes[i], x[i]) for i, tie in enumerate(ties)]
+        after = [tie & (reached & ~at) for tie, (at, reached) in zip(ties, found, strict=True)]
+        ties = [tie & at for tie, (at, _) in zip(ties, found, strict=True)]
+        dropped = [d | a for d, a in zip(dropped, after, strict=True)]
+        drop = drop.minus(Count.stack([count(a) for a in after]))
+        tied = Count.stack([count(tie) for tie in ties])
     # At the innermost level each place is one entry: what is left is what is still to be dropped.
-    return [d | t for d, t in zip(dropped, ties, strict=True)]
+    return [d | tie for d, tie in zip(dropped, ties, strict=True)]
 
 
-def _positions(shape: tuple[int, ...]) -> list[tuple[Array, int]]:
-    """Row-major positions, outer levels first: (uint32 [shape], number of positions) with as many
-    trailing axes in a level as an int32 can index."""
-    levels: list[tuple[Array, int]] = []
-    axis = len(shape)
-    while axis > 0 or not levels:
-        place, size = jnp.zeros(shape, jnp.uint32), 1
-        while axis > 0 and (size == 1 or size * shape[axis - 1] < UINT32):
-            axis -= 1
-            place = place + lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(size)
-            size *= shape[axis]
-        levels.insert(0, (place, size))
+def _levels(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The axes of a shape in groups, outer ones first, that a uint32 can index each."""
+    levels: list[tuple[int, ...]] = [()]
+    for axis in reversed(range(len(shape))):
+        if math.prod(shape[a] for a in (axis, *levels[0])) < UINT32:
+            levels[0] = (axis, *levels[0])
+        else:
+            levels.insert(0, (axis,))
     return levels
+
+
+def _compare(shape: tuple[int, ...], axes: tuple[int, ...], x: Array) -> tuple[Array, Array]:
+    """Which entries are at row-major position x along some axes, and which at x or later.
+
+    Each axis is compared with its own digit of x: positions written out would be an array that XLA
+    keeps whole on every device.
+    """
+    at = reached = jnp.broadcast_to(jnp.bool_(True) if axes else x == 0, shape)
+    for axis in reversed(axes):
+        place = lax.broadcasted_iota(jnp.uint32, shape, axis)
+        digit = x if axis == axes[0] else x % shape[axis]
+        x = x // shape[axis]
+        at, reached = at & (place == digit), (place > digit) | ((place == digit) & reached)
+    return at, reached
