@@ -20,6 +20,7 @@ HYPERS = {
     "sparsity": [0.3, 0.6, 0.9],
     "temperature": [1.0, 2.0, 4.0],
     "alpha": [0.0, 0.5, 1.0],
+    "bits": [8, 4, 16],
 }
 
 
@@ -61,7 +62,7 @@ def teacher():
 
 
 def compressed(model):
-    """Width search, pruning and distillation in one run, with traced hyper-parameters."""
+    """All four techniques in one run, with traced hyper-parameters."""
 
     def build(hyper):
         transform = ej.chain(
@@ -70,6 +71,7 @@ def compressed(model):
             ),
             nas=ej.nas.width({"conv": ["conv/", "norm/"]}, (0.5, 1.0), samples=1),
             prune=ej.prune.magnitude(hyper["sparsity"], begin=1, end=3, every=2),
+            quant=ej.quantize.qat(hyper["bits"], hyper["bits"]),
         )
         tx = optax.adam(hyper["lr"])
 
