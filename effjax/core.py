@@ -123,7 +123,7 @@ class Transform(NamedTuple):
 
     The facts that `describe` may give of a params path: "weight_bits" and "act_bits" (int),
     "scales" (number of scale values stored beside the weights), "sparsity" (fraction of zeros),
-    "channels" (channels kept).
+    "channels" (channels kept). A key that begins with "@" is about one operation: see `Site.path`.
 
     `kind` says what the transform does to the weights; `chain` uses it to refuse a wrong order.
     `state` and `extra` are trees of arrays without None leaves, and `update` keeps their structure,
