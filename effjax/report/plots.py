@@ -102,7 +102,8 @@ def pareto_plot(
                 color=colour,
                 markerfacecolor=colour if i in front else "white",
                 markeredgewidth=1.1,
-                markersize=7.5 if stressed else 5,
+                # Points that coincide are nested, so that none is hidden.
+                markersize=(8 if stressed else 5.5) - 1.7 * _covered(axes, points, i),
                 elinewidth=0.8,
                 capsize=1.8,
                 zorder=4 if stressed else 3,
@@ -237,7 +238,7 @@ def _axis(axes: "Axes", which: str, cells: Sequence[Cell], column: Column) -> No
     else:
         room = 0.18 * ((high - low) or abs(high) or 1.0)
         getattr(axes, f"set_{which}lim")(low - room, high + room)
-        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
 def _staircase(
@@ -261,6 +262,13 @@ def _staircase(
     base = np.full(len(outline), worst)
     axes.fill_between(outline[:, 0], outline[:, 1], base, color="#f6f6f6", linewidth=0, zorder=0)
     return outline
+
+
+def _covered(axes: "Axes", points: Sequence[tuple[Cell, Cell]], index: int) -> int:
+    """How many earlier points lie under a point, up to two."""
+    where = axes.transData.transform([(a.mean, b.mean) for a, b in points])
+    near = np.hypot(*(where[:index] - where[index]).T) < 0.02 * axes.bbox.width
+    return min(2, int(near.sum()))
 
 
 def _title(axes: "Axes", title: str) -> None:
@@ -341,10 +349,10 @@ def _label_ends(
 ) -> None:
     """Names the lines at their right ends, apart from each other, each tied to its line."""
     # As texts of the axes from the start, so that the layout leaves them room at the right.
-    indent = "   "
+    indent, middle = "   ", sum(axes.get_ylim()) / 2
     texts = [
-        axes.text(x, y, indent + name, color=INK, fontsize=6.5, va="center", clip_on=False)
-        for name, _, x, y in ends
+        axes.text(x, middle, indent + name, color=INK, fontsize=6.5, va="center", clip_on=False)
+        for name, _, x, _ in ends
     ]
     measure = _freeze(figure)
     height = max(box.top - box.bottom for box in map(measure, texts))

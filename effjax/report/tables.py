@@ -50,12 +50,12 @@ class Table(NamedTuple):
     caption: str = ""
 
     def text(self, name: str, column: Column, plus_minus: str = " ± ") -> str:
-        """A cell as written: the mean, and the deviation where the seeds differ."""
+        """A cell as written: the mean, and the deviation where the seeds differ visibly."""
         cell = self.cells.get((name, column.key))
         if cell is None:
             return MISSING
-        mean = format(cell.mean, column.format)
-        return f"{mean}{plus_minus}{format(cell.std, column.format)}" if cell.std > 0 else mean
+        mean, std = format(cell.mean, column.format), format(cell.std, column.format)
+        return mean if std == format(0.0, column.format) else f"{mean}{plus_minus}{std}"
 
     def ranks(self, column: Column) -> dict[str, int]:
         """1 for the best of a column and 2 for the second, by the mean as written: what looks alike

@@ -99,6 +99,8 @@ def test_curves_show_mean_and_band_and_keep_their_names_apart():
     np.testing.assert_allclose(axes.lines[0].get_ydata(), steps + 1.0)
     assert len(axes.collections) == 3
     assert axes.get_ylim()[0] == 0
+    below = curves_plot(series, "step", "accuracy", bottom=5.02).axes[0]  # an end out of sight
+    assert below.get_ylim()[0] == 5.02
     boxes = [extent(figure, t) for t in axes.texts]
     assert len(boxes) == 3
     assert all(a.overlap(b) < 1 for a, b in itertools.combinations(boxes, 2))
