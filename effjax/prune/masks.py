@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from effjax.errors import SelectorError
 from effjax.prune.budgets import Budget
 from effjax.prune.counts import Count, count
 from effjax.prune.threshold import largest
@@ -28,8 +29,17 @@ def masked(x: Array, mask: Array) -> Array:
 
 
 def apply(params: PyTree, masks: Masks) -> PyTree:
-    """The params with the weights that the masks prune set to 0."""
+    """The params with the weights that the masks prune set to 0.
+
+    Raises:
+      SelectorError: a mask for a path that the params don't have.
+    """
     named = leaves(params)
+    if missing := sorted(set(masks) - set(named)):
+        raise SelectorError(
+            f"there are masks for {missing}, but the params have {list(named)}. The masks were "
+            "made for other params, or a transform before this one renamed them."
+        )
     return replace(params, {path: masked(named[path], mask) for path, mask in masks.items()})
 
 
