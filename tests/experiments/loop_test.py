@@ -90,7 +90,7 @@ def test_metrics_evaluations_and_checkpoints_come_when_they_are_due():
         (23, None),
         (23, 23.0),
     ]
-    assert {"step", "loss", "task", "prune/sparsity", "prune/target"} == set(lines[0])
+    assert {"step", "loss", "task", "prune/sparsity", "prune/target"} <= set(lines[0])
     assert sorted(int(p.name) for p in run.checkpoints.iterdir()) == [16, 23]
     assert int(done.state.step) == 23
     assert done.metrics["e"] == 23.0
