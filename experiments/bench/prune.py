@@ -1,8 +1,8 @@
 """What pruning costs: exact thresholds against a sort, steps that move no mask, and devices.
 
-Three measurements. `thresholds`: masks of the largest magnitudes of one matrix, of ten layers by one
-global threshold, and of each of the ten by itself, by `prune.threshold.largest` against `jnp.sort`
-and `lax.top_k`, which are given the threshold's place and get its ties wrong; ours are checked
+Three measurements. `thresholds`: masks of the largest magnitudes of one matrix, of ten layers by
+one global threshold, and of each of the ten by itself, by `prune.threshold.largest` against
+`jnp.sort` and `lax.top_k`, which may keep more where scores tie at the threshold; ours are checked
 against a stable NumPy sort. `steps`: train steps between two moves of the masks, against the same
 masked training without anything that could move them ("held") and against dense training; states
 are donated, as in training. `devices`: the same update compiled for 8 virtual CPU devices.
@@ -21,7 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -249,9 +249,9 @@ def devices(config: Config) -> list[dict[str, Any]]:
     for row in rows:
         moved = ", ".join(f"{count} {name}" for name, count in row["collectives"].items())
         print(
-            f"{row['devices']} devices, {row['scope']}: {moved or 'nothing moved'}; the largest "
-            f"has {row['largest_collective']} numbers; temporary memory {row['temp_in_shards']:.2f} "
-            "shards",
+            f"{row['devices']} devices, {row['scope']}: {moved or 'nothing moved'} of at most "
+            f"{row['largest_collective']} numbers each; {row['temp_in_shards']:.2f} shards of "
+            "temporary memory",
             flush=True,
         )
     return rows
@@ -276,7 +276,7 @@ def sharded(count: int, sparsity: float, size: int = 1_000_000) -> list[dict[str
         ours, alone = compiled(lying), jax.jit(lambda w, keep=keep: by_bisection(w, keep))(weights)
         jax.tree.map(np.testing.assert_array_equal, ours, alone)
         kinds = re.findall(
-            r"= (\([^)]*\)|\S+) (all-\w+|collective-\w+|reduce-scatter)\(", compiled.as_text()
+            r"= (\([^)]*\)|\S+) (all-\w+|collective-\w+|reduce-scatter)\(", compiled.as_text() or ""
         )
         numbers = [
             int(np.prod([int(n) for n in dims.split(",") if n]))
@@ -290,7 +290,7 @@ def sharded(count: int, sparsity: float, size: int = 1_000_000) -> list[dict[str
                 "scope": scope,
                 "collectives": {name: names.count(name) for name in sorted(set(names))},
                 "largest_collective": max(numbers, default=0),
-                "temp_in_shards": compiled.memory_analysis().temp_size_in_bytes / shard,
+                "temp_in_shards": cast(Any, compiled.memory_analysis()).temp_size_in_bytes / shard,
             }
         )
     return rows
