@@ -185,15 +185,11 @@ def step_row(name: str, config: Config) -> dict[str, Any]:
         found = ej.latency(calls, batch_size=shape[0], samples=config.steps)
         for other, seen in ratios.items():
             seen.append(found["effjax"].median / found[other].median)
-    row = {
-        "network": name,
-        "ms": {n: 1e3 * timed.median for n, timed in found.items()},
-        "overhead": {f"vs {n}": float(np.median(seen)) - 1 for n, seen in ratios.items()},
-        "ratios": ratios,
-    }
-    shown = ", ".join(f"{n} {t:.2f} ms" for n, t in row["ms"].items())
-    print(f"{name}: {shown}; overhead {_percent(row['overhead'])}", flush=True)
-    return row
+    ms = {n: 1e3 * timed.median for n, timed in found.items()}
+    overhead = {f"vs {n}": float(np.median(seen)) - 1 for n, seen in ratios.items()}
+    shown = ", ".join(f"{n} {t:.2f} ms" for n, t in ms.items())
+    print(f"{name}: {shown}; overhead {_percent(overhead)}", flush=True)
+    return {"network": name, "ms": ms, "overhead": overhead, "ratios": ratios}
 
 
 def _percent(shares: dict[str, float]) -> str:
