@@ -20,9 +20,11 @@ Papers: Hinton et al. 2015 (distillation), Zhu and Gupta 2017 (gradual magnitude
 al. 2018 (quantization-aware training), Yu and Huang 2019 (weight-sharing widths).
 """
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from concurrent import futures
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -41,6 +43,7 @@ from experiments.harness.config import check
 from experiments.harness.loop import fit
 from experiments.harness.progress import say
 from experiments.harness.runs import Run, open_run
+from experiments.harness.stepper import make_stepper
 from experiments.models import cnn
 from experiments.quickstart_report import ALL_FOUR
 
@@ -149,6 +152,20 @@ class Arm:
     def part(self, seed: int) -> str:
         """The folder of a seed."""
         return f"{self.name.strip('+ ').replace(' ', '-').replace('%', '')}-seed{seed}"
+
+    def done(self, run: Run, seeds: Sequence[int]) -> bool:
+        """Whether an earlier process has trained all seeds."""
+        parts = [run.path / self.part(seed) for seed in seeds]
+        return all((part / "checkpoints" / str(self.steps)).exists() for part in parts)
+
+    def compile(self, data: Data, teacher: PyTree) -> None:
+        """Runs the programs that `train` needs once, on a state that is thrown away."""
+        state = self.init(jax.random.key(0), {"kd": teacher} if self.taught else None)
+        # On their device as `fit` has them, or jit would compile once more.
+        state, teacher = jax.tree.map(lambda x: jax.device_put(x, x.sharding), (state, teacher))
+        frozen, batches = {"kd": teacher} if self.taught else None, data.batches(0)
+        self.accuracy(state, data.validation)
+        make_stepper(self.step, state, batches, frozen)(state, batches, frozen, 1)
 
     def train(self, run: Run, seed: int, data: Data, teacher: PyTree) -> ej.TrainState:
         """Trains one seed, or goes on with it."""
@@ -277,6 +294,25 @@ def measure(models: dict[str, Shipped], config: Config) -> dict[str, ej.cost.Lat
     return ej.latency(candidates, batch_size=LATENCY_BATCH, samples=config.latency_samples)
 
 
+def compiled_ahead(arms: Sequence[Arm], wanted: Sequence[Arm], data: Data) -> Generator[Arm]:
+    """The arms in order, those wanted compiled when they come.
+
+    XLA compiles on one core, and a small model trains on little more than one: the next arm is
+    compiled while this one trains.
+    """
+    stranger = arms[0].init(jax.random.key(0), None)  # any teacher has the right shapes
+    teacher = ej.distill.Teacher(stranger.vars.model, stranger.model_state)
+    compiler = futures.ThreadPoolExecutor(max_workers=1)
+    try:
+        jobs = {arm.name: compiler.submit(arm.compile, data, teacher) for arm in wanted}
+        for arm in arms:
+            if arm.name in jobs:
+                jobs[arm.name].result()
+            yield arm
+    finally:
+        compiler.shutdown(wait=False, cancel_futures=True)
+
+
 def run(config: Config) -> dict[str, Any]:
     """Trains all arms, and reports."""
     began = time.monotonic()
@@ -286,25 +322,28 @@ def run(config: Config) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     first: dict[str, Shipped] = {}
     teachers: dict[int, PyTree] = {}
-    for arm in make_arms(config, steps):
-        since = time.monotonic()
-        for seed in seeds:
-            state = arm.train(here, seed, digits, teachers.get(seed))
-            teachers.setdefault(seed, ej.distill.Teacher(state.vars.model, state.model_state))
-            chosen, spec = arm.choose(state, digits.batches(seed), digits.validation)
-            shipped = arm.ship(chosen, spec)
-            first.setdefault(arm.name, shipped)
-            accuracy = {
-                "accuracy": arm.accuracy(chosen, digits.test),
-                "validation": arm.accuracy(chosen, digits.validation),
-            }
-            totals = shipped.footprint.totals._asdict()
-            width = {"stages": list(spec.stages), "hidden": spec.hidden}
-            which = {"name": arm.name, "seed": seed, "part": arm.part(seed)}
-            rows.append({**which, **accuracy, **totals, **width})
-        mine = [row["accuracy"] for row in rows if row["name"] == arm.name]
-        seconds = time.monotonic() - since
-        say(f"{arm.name:<16} test accuracy {np.mean(mine):.2%} ({seconds:.1f} s)")
+    arms = make_arms(config, steps)
+    unfinished = [arm for arm in arms if not arm.done(here, seeds)]
+    with contextlib.closing(compiled_ahead(arms, unfinished, digits)) as ready:
+        for arm in ready:
+            since = time.monotonic()
+            for seed in seeds:
+                state = arm.train(here, seed, digits, teachers.get(seed))
+                teachers.setdefault(seed, ej.distill.Teacher(state.vars.model, state.model_state))
+                chosen, spec = arm.choose(state, digits.batches(seed), digits.validation)
+                shipped = arm.ship(chosen, spec)
+                first.setdefault(arm.name, shipped)
+                accuracy = {
+                    "accuracy": arm.accuracy(chosen, digits.test),
+                    "validation": arm.accuracy(chosen, digits.validation),
+                }
+                totals = shipped.footprint.totals._asdict()
+                width = {"stages": list(spec.stages), "hidden": spec.hidden}
+                which = {"name": arm.name, "seed": seed, "part": arm.part(seed)}
+                rows.append({**which, **accuracy, **totals, **width})
+            mine = [row["accuracy"] for row in rows if row["name"] == arm.name]
+            seconds = time.monotonic() - since
+            say(f"{arm.name:<16} test accuracy {np.mean(mine):.2%} ({seconds:.1f} s)")
     latency = measure(first, config)
     for row in rows:
         row["latency"] = latency[row["name"]].median
