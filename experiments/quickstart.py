@@ -14,7 +14,11 @@ where it was.
 
 Command: python -m experiments quickstart
 
-Cost: less than 2 minutes on 2 CPU cores.
+Expected, 3 seeds (test accuracy; stored size): teacher 99.0%, 400 KB; student 98.7%, 79 KB; with
+distillation 98.7%; with 80% pruning 98.0%, 19 KB; with int8 98.6%, 21 KB; with width search 98.0%,
+33 KB; with all four 98.1%, 7 KB, 11 times smaller than the student. One test image is 0.28 points.
+
+Cost: less than 2 minutes on 2 CPU cores (about 80 seconds on an AMD EPYC).
 
 Papers: Hinton et al. 2015 (distillation), Zhu and Gupta 2017 (gradual magnitude pruning), Jacob et
 al. 2018 (quantization-aware training), Yu and Huang 2019 (weight-sharing widths).

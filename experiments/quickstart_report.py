@@ -67,7 +67,8 @@ def write(
     timed = next(iter(latency.values()))
     seeds = len({row["seed"] for row in rows})
     caption = (
-        f"Mean ± standard deviation over {seeds} seeds; test split of 360 images. Stored bytes "
+        f"{f'Mean ± standard deviation over {seeds} seeds' if seeds > 1 else 'One seed'}; test "
+        "split of 360 images. Stored bytes "
         "include masks, scales and BatchNorm statistics. Latency: median of float32 kernels at "
         f"batch {timed.batch_size} on {timed.device}, where zeros and 8 bits save no time yet; "
         "effective MACs leave out products with zero."
