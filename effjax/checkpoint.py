@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax import Array
 
+from effjax.bits import Packing, pack, packed_sharding, packing, unpack
 from effjax.core import PyTree
 from effjax.digest import digests, is_key, plain
 from effjax.errors import CheckpointError
@@ -24,6 +25,7 @@ from effjax.manifest import (
     brief,
     check_files,
     check_match,
+    entries_of,
     record_of,
     seal_files,
     sha256_of,
@@ -49,7 +51,7 @@ class Checkpoints:
     Writing is asynchronous and atomic: `save` returns when the values are copied, so that the
     caller may donate them to the next step, and the folder gets its name when it is complete. Then
     the SHA-256 of its files is noted in it, and with every leaf goes a digest of its bits as they
-    were on the device. `restore` compares both: a flipped byte, a cut or missing file or a
+    were on the device. Masks are stored as bits, each shard's by itself (`effjax.bits`). `restore` compares both: a flipped byte, a cut or missing file or a
     half-written folder is noticed, and the checkpoint before is taken instead, with a warning.
 
     Args:
@@ -121,7 +123,9 @@ class Checkpoints:
                 "go on from there, or save to another folder."
             )
         arrays = [as_array(leaf) for leaf in jax.tree.leaves(tree)]
-        record = record_of(step, tree, digests(arrays))
+        packings = [_packing(x) for x in arrays]
+        kept = [pack(x, p) if p else plain(x) for x, p in zip(arrays, packings, strict=True)]
+        record = record_of(step, tree, digests(kept), packings)
         record["metadata"] = dict(metadata or {})
         try:
             record["sha256"] = sha256_of(record)
@@ -129,9 +133,9 @@ class Checkpoints:
             raise CheckpointError(
                 f"the metadata {metadata!r:.200} is not JSON: {error}."
             ) from error
-        stored = {_slot(i): _own_buffer(x) for i, x in enumerate(map(plain, arrays)) if x.size} or {
-            "none": jnp.zeros(1)
-        }
+        stored = {
+            _slot(i): x if packings[i] else _own_buffer(x) for i, x in enumerate(kept) if x.size
+        } or {"none": jnp.zeros(1)}
         self.directory.mkdir(parents=True, exist_ok=True)
         self._orbax.save(
             self.directory / str(step),
@@ -229,23 +233,30 @@ class Checkpoints:
                 f"{FORMAT}."
             )
         wanted = [as_array(leaf) for leaf in jax.tree.leaves(target)]
-        check_match(record["leaves"], record_of(step, target, [""] * len(wanted))["leaves"], folder)
-        stored = {_slot(i): _stored_spec(x) for i, x in enumerate(wanted) if x.size}
+        check_match(record["leaves"], entries_of(target), folder)
+        packings = [e["packing"] and Packing(*e["packing"]) for e in record["leaves"]]
+        kept = list(zip(wanted, packings, strict=True))
+        stored = {_slot(i): _stored_spec(x, p) for i, (x, p) in enumerate(kept) if x.size}
         try:
             args = ocp.args.Composite(
                 leaves=ocp.args.StandardRestore(stored or {"none": _stored_spec(jnp.zeros(1))})
             )
-            found = restore(folder, args=args).leaves
-            arrays = [
-                _restored(found.get(_slot(i)), leaf, entry)
-                for i, (leaf, entry) in enumerate(zip(wanted, record["leaves"], strict=True))
+            leaves = restore(folder, args=args).leaves
+            found = [
+                # Of size 0: there was nothing to save.
+                leaves[_slot(i)] if x.size else _empty(x)
+                for i, x in enumerate(wanted)
             ]
-            read = digests(arrays)
+            read = digests(found)
         except Exception as error:
             raise DamagedError(f"its leaves cannot be read ({brief(error)})") from error
         entries = zip(record["leaves"], read, strict=True)
         if changed := [e["path"] for e, digest in entries if e["digest"] != digest]:
             raise DamagedError(f"the leaves {changed[:3]} are not what was written")
+        arrays = [
+            _restored(x, p, leaf, entry["impl"])
+            for x, p, leaf, entry in zip(found, packings, wanted, record["leaves"], strict=True)
+        ]
         return jax.tree.unflatten(jax.tree.structure(target), arrays), record["metadata"]
 
     def _tidy(self) -> None:
@@ -277,21 +288,30 @@ def _sharding(x: Any) -> jax.sharding.Sharding:
     return getattr(x, "sharding", None) or default
 
 
-def _stored_spec(x: Any) -> jax.ShapeDtypeStruct:
+def _packing(x: Array) -> Packing | None:
+    return packing(x.shape, x.sharding) if x.dtype == bool else None
+
+
+def _stored_spec(x: Any, packing: Packing | None = None) -> jax.ShapeDtypeStruct:
     """What orbax is to read for a leaf, and onto which devices."""
     sharding = _sharding(x)
+    if packing is not None:
+        lies = packed_sharding(sharding, packing, x.shape)
+        return jax.ShapeDtypeStruct(packing.shape(x.shape), jnp.uint8, sharding=lies)
     if is_key(x):
         x = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _restored(found: Array | None, wanted: Any, entry: dict[str, Any]) -> Array:
-    if found is None:
-        # Of size 0: there was nothing to save.
-        found = jax.device_put(jnp.zeros(wanted.shape, wanted.dtype), _sharding(wanted))
-    if is_key(wanted):
-        found = jax.random.wrap_key_data(found, impl=entry["impl"])
-    return found
+def _empty(x: Any) -> Array:
+    spec = _stored_spec(x)
+    return jax.device_put(jnp.zeros(spec.shape, spec.dtype), spec.sharding)
+
+
+def _restored(found: Array, packing: Packing | None, wanted: Any, impl: str | None) -> Array:
+    if packing is not None:
+        return unpack(found, packing, wanted.shape, _sharding(wanted))
+    return jax.random.wrap_key_data(found, impl=impl) if is_key(wanted) else found
 
 
 def _delete(folder: Path) -> None:

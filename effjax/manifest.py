@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from effjax.bits import Packing
 from effjax.core import PyTree
 from effjax.digest import is_key
 from effjax.errors import CheckpointError
 from effjax.select import path_name
 
-FORMAT = 1
+FORMAT = 2
 _FILES = "files.json"
 
 
@@ -59,15 +60,23 @@ def check_files(folder: Path) -> None:
         raise DamagedError(f"its files {what}")
 
 
-def record_of(step: int, tree: PyTree, digests: list[str]) -> dict[str, Any]:
+def record_of(
+    step: int, tree: PyTree, digests: Sequence[str], packings: Sequence[Packing | None]
+) -> dict[str, Any]:
     """The leaves of a tree, as they are noted beside them."""
+    noted = zip(entries_of(tree), digests, packings, strict=True)
+    entries = [entry | {"digest": digest, "packing": packing} for entry, digest, packing in noted]
+    return {"format": FORMAT, "step": step, "leaves": entries}
+
+
+def entries_of(tree: PyTree) -> list[dict[str, Any]]:
+    """What tells the leaves of a tree from those of another."""
     named = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-    entries = [
-        {"path": path, "dtype": str(x.dtype), "shape": list(x.shape), "impl": _impl(x), "digest": d}
-        for (path, leaf), d in zip(named, digests, strict=True)
+    return [
+        {"path": path, "dtype": str(x.dtype), "shape": list(x.shape), "impl": _impl(x)}
+        for path, leaf in named
         for x in [as_array(leaf)]
     ]
-    return {"format": FORMAT, "step": step, "leaves": entries}
 
 
 def check_match(saved: list[dict], wanted: list[dict], folder: Path) -> None:

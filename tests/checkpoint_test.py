@@ -37,6 +37,9 @@ def tree(seed: int = 0):
         "complex": jnp.array([1 + 2j, 3 - 1j], jnp.complex64) * (seed + 1),
         "none here": (optax.EmptyState(), {}, ()),
         "empty": jnp.zeros((0, 3)),
+        "no mask": jnp.zeros((3, 0), bool),
+        "flag": jnp.bool_(seed % 2),
+        "no keys": jax.random.split(key, (0, 2)),
         "nested/name.with (signs)": {"a": [jnp.ones(2), jnp.zeros(())]},
     }
 
