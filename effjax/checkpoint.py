@@ -51,8 +51,9 @@ class Checkpoints:
     Writing is asynchronous and atomic: `save` returns when the values are copied, so that the
     caller may donate them to the next step, and the folder gets its name when it is complete. Then
     the SHA-256 of its files is noted in it, and with every leaf goes a digest of its bits as they
-    were on the device. Masks are stored as bits, each shard's by itself (`effjax.bits`). `restore` compares both: a flipped byte, a cut or missing file or a
+    were on the device. `restore` compares both: a flipped byte, a cut or missing file or a
     half-written folder is noticed, and the checkpoint before is taken instead, with a warning.
+    Masks are stored as bits, which every device packs for its own shard (`effjax.bits`).
 
     Args:
       directory: made when something is saved.
