@@ -66,6 +66,10 @@ class Count(NamedTuple):
         """The smaller of the two."""
         return self.minus(self.minus(other))
 
+    def maximum(self, other: "Count") -> "Count":
+        """The larger of the two."""
+        return self.where(self.at_least(other), other)
+
     def at_least(self, other: "Count") -> Array:
         """Whether self >= other."""
         return (self.high > other.high) | ((self.high == other.high) & (self.low >= other.low))

@@ -3,13 +3,15 @@
 Non-negative floats order like their bit patterns read as unsigned integers, so the k-th largest is
 found by searching over patterns: count the scores at or above a candidate, and narrow the interval.
 Each pass reads the scores once and needs only their count, which is an all-reduce of one number
-where they are sharded: no leaf is sorted, gathered, reshaped or concatenated.
+where they are sharded: no leaf is sorted, gathered, reshaped or concatenated. Floats of any sign
+order like their bit patterns once those of negative ones are inverted, see `ordered`.
 """
 
 import math
 from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from effjax.errors import SetupError
@@ -20,16 +22,24 @@ UINT32 = 2**32
 Number = int | Array | Count
 
 
-def largest(scores: Mapping[str, Array], keep: Number | Mapping[str, Number]) -> dict[str, Array]:
+def largest(
+    scores: Mapping[str, Array],
+    keep: Number | Mapping[str, Number],
+    signed: bool = False,
+    spare: bool = False,
+) -> dict[str, Array]:
     """Masks of exactly the largest scores.
 
     Of equal scores those that come first are kept: by the order of the dict, then in row-major
     order. NaN counts as larger than everything, so that it is not pruned away unseen.
 
     Args:
-      scores: {path: float [...]}, none negative; of 32 bits or fewer, mixed as you like.
+      scores: {path: float [...]}, of 32 bits or fewer, mixed as you like.
       keep: how many to keep, from 0 up to all of them: one number for all leaves taken together, or
         {path: number} for each leaf by itself. Python integers, int32 scalars or Counts.
+      signed: scores may be negative; -0.0 equals 0.0. Otherwise they must not be.
+      spare: with one number for all leaves, each leaf keeps at least its largest score, at the
+        expense of the smallest ones of the other leaves.
 
     Returns:
       {path: bool [...]}, shaped and sharded like the scores.
@@ -44,16 +54,22 @@ def largest(scores: Mapping[str, Array], keep: Number | Mapping[str, Number]) ->
       {'a': [True, False, True], 'b': [False, True]}
       >>> {path: mask.tolist() for path, mask in largest(scores, {"a": 1, "b": 1}).items()}
       {'a': [True, False, False], 'b': [False, True]}
+      >>> largest({"a": jnp.array([-3.0, 1.0, -2.0])}, 2, signed=True)["a"].tolist()
+      [False, True, True]
     """
-    patterns, top = _patterns(scores)
+    patterns, top = ordered(scores, signed)
     together = not isinstance(keep, Mapping)
+    spare = spare and together
+    one = Count.of(1)
     if isinstance(keep, Mapping):
         wanted = Count.stack([Count.of(keep[path]) for path in scores])
     else:
         wanted = Count.stack([Count.of(keep)])
+        wanted = wanted.maximum(Count.of(len(scores))) if spare else wanted
 
     def pool(counts: list[Count]) -> Count:
         stacked = Count.stack(counts)
+        stacked = stacked.maximum(one) if spare else stacked
         return Count.stack([stacked.sum()]) if together else stacked
 
     def each(values: Array) -> list[Array]:
@@ -66,24 +82,44 @@ def largest(scores: Mapping[str, Array], keep: Number | Mapping[str, Number]) ->
     size = pool([Count.of(x.size) for x in patterns])
     threshold, found = _search(at_or_above, wanted, size, jnp.full(size.high.shape, top))
     surplus = found.minus(wanted)
-    bounds = each(threshold)
+    bounds, exact = each(threshold), jnp.all(found.equals(wanted))
+    if spare:
+        # Leaves that are all below the threshold keep one of their largest scores.
+        peaks = [jnp.max(x) for x in patterns]
+        below = jnp.stack([peak < p for peak, p in zip(peaks, bounds, strict=True)])
+        bounds = [jnp.minimum(peak, p) for peak, p in zip(peaks, bounds, strict=True)]
+        at_peak = jnp.stack([peak == p for peak, p in zip(peaks, bounds, strict=True)])
+        exact = exact & ~jnp.any(below)
 
     def with_ties() -> list[Array]:
         ties = [x == p for x, p in zip(patterns, bounds, strict=True)]
         tied = Count.stack([count(tie) for tie in ties])
-        drop = surplus.minus(tied.after()).minimum(tied) if together else surplus
+        drop = surplus
+        if together:
+            free = tied.minus(one).where(at_peak, tied) if spare else tied
+            open_to = Count.of(0).where(below, free) if spare else free
+            drop = surplus.minus(open_to.after()).minimum(open_to)
+            drop = free.where(below, drop) if spare else drop
         dropped = _last(ties, tied, drop)
         return [(x >= p) & ~d for x, p, d in zip(patterns, bounds, dropped, strict=True)]
 
     def without() -> list[Array]:
         return [x >= p for x, p in zip(patterns, bounds, strict=True)]
 
-    masks = lax.cond(jnp.all(found.equals(wanted)), without, with_ties)
+    masks = lax.cond(exact, without, with_ties)
     return dict(zip(scores, masks, strict=True))
 
 
-def _patterns(scores: Mapping[str, Array]) -> tuple[list[Array], Array]:
-    """The scores' bit patterns as unsigned integers of one width, and a bound above all of them."""
+def ordered(scores: Mapping[str, Array], signed: bool = False) -> tuple[list[Array], Array]:
+    """Unsigned integers of one width that order like the scores, and a bound above all of them.
+
+    Non-negative floats are read as integers. With `signed`, x of bits b becomes b with its sign bit
+    set if x >= 0, and b with all bits inverted if x < 0; -0.0 becomes what 0.0 becomes, and every
+    NaN the next integer above that of inf.
+
+    Returns:
+      (uint [...] for each leaf, uint32 [])
+    """
     for path, score in scores.items():
         if not jnp.issubdtype(score.dtype, jnp.floating) or jnp.finfo(score.dtype).bits > 32:
             raise SetupError(
@@ -94,7 +130,28 @@ def _patterns(scores: Mapping[str, Array]) -> tuple[list[Array], Array]:
     bits = jnp.finfo(dtype).bits
     unsigned = jnp.dtype(f"uint{bits}")
     patterns = [lax.bitcast_convert_type(s.astype(dtype), unsigned) for s in scores.values()]
-    return patterns, jnp.uint32(2 ** (bits - 1))
+    sign = 2 ** (bits - 1)
+    if not signed:
+        return patterns, jnp.uint32(sign)
+    infinity = int(np.array(np.inf, dtype).view(unsigned))
+    return [_with_sign(x, unsigned.type(sign), infinity) for x in patterns], jnp.uint32(
+        2 * sign - 1
+    )
+
+
+def _with_sign(x: Array, sign: np.unsignedinteger, infinity: int) -> Array:
+    """Bit patterns of floats of any sign, mapped so that they order as the floats do."""
+    size = x & ~sign
+    found = jnp.where(x > sign, ~x, x | sign)  # -0.0 has the pattern `sign`, and so has 0.0 then
+    return jnp.where(size > infinity, sign + type(sign)(infinity + 1), found)
+
+
+def unordered(pattern: Array) -> Array:
+    """The float32 that `ordered` with `signed` maps to an integer, uint32 [...]."""
+    sign = jnp.uint32(2**31)
+    return lax.bitcast_convert_type(
+        jnp.where(pattern >= sign, pattern ^ sign, ~pattern), jnp.float32
+    )
 
 
 def _search(
