@@ -6,7 +6,7 @@ may be spread over its layers in many ways, the **allocations**: functions
     (layers {path: Layer}, scores {path: unit scores}, sparsity) -> Budget
 
 of which `ALLOCATIONS` has those with names. What selects units (`patterns`) is told only the
-numbers. Sparsities may be traced: nothing here looks at their values.
+numbers. A layer keeps at least one unit. Sparsities may be traced: nothing here looks at them.
 """
 
 import math
@@ -21,7 +21,7 @@ from jax import Array, lax
 from effjax.errors import SelectorError, SetupError
 from effjax.prune.counts import Count, count
 from effjax.prune.threshold import ordered, unordered
-from effjax.schedules import Scalar
+from effjax.schedules import Scalar, is_traced
 
 # Of each layer by itself, or of all layers together.
 Budget = Count | dict[str, Count]
@@ -33,12 +33,13 @@ class Layer(NamedTuple):
     shape: of the weights.
     units: how many things are kept or pruned together; the number of weights, unless the pattern
       has blocks or channels.
-    macs: multiply-accumulates of one forward pass in which the weights take part when dense.
+    macs: multiply-accumulates of one forward pass in which the dense weights take part; may be
+      traced.
     """
 
     shape: tuple[int, ...]
     units: int
-    macs: int | None = None
+    macs: Scalar | None = None
 
     @property
     def size(self) -> int:
@@ -47,10 +48,13 @@ class Layer(NamedTuple):
 
 
 Layers = Mapping[str, Layer]
-Allocation = Callable[[Layers, Mapping[str, Array], Scalar], Budget]
+Scores = Mapping[str, Array]
 
 
-def uniform(layers: Layers, scores: Mapping[str, Array], sparsity: Scalar) -> dict[str, Count]:
+Allocation = Callable[[Layers, Scores, Scalar], Budget]
+
+
+def uniform(layers: Layers, scores: Scores, sparsity: Scalar) -> dict[str, Count]:
     """The same sparsity in every layer: each keeps n - round(sparsity * n) of its n units.
 
     Example:
@@ -61,63 +65,72 @@ def uniform(layers: Layers, scores: Mapping[str, Array], sparsity: Scalar) -> di
     return {path: keep(layer.units, sparsity) for path, layer in layers.items()}
 
 
-def global_(layers: Layers, scores: Mapping[str, Array], sparsity: Scalar) -> Count:
+def global_(layers: Layers, scores: Scores, sparsity: Scalar) -> Count:
     """One sparsity for all layers together: one threshold, which prunes them to different degrees.
 
     Units of all layers count alike. Where they are of different sizes (channels), the fraction of
     units pruned is not that of weights; `bytes` meets that.
     """
-    return keep(sum(layer.units for layer in layers.values()), sparsity)
+    return keep(sum(layer.units for layer in layers.values()), sparsity, len(layers))
 
 
-def erk(
-    layers: Layers, scores: Mapping[str, Array], sparsity: Scalar, power: float = 1.0
-) -> dict[str, Count]:
+def erk(layers: Layers, scores: Scores, sparsity: Scalar, power: float = 1.0) -> dict[str, Count]:
     """Erdos-Renyi-Kernel: layers with many weights for their dimensions are pruned more.
 
     A layer's density is min(1, eps * (sum of its dimensions / product of its dimensions)^power),
     with the one eps for which all layers together have the sparsity asked for: those that would
     be more than dense are dense, and the others make up for it.
 
-    The weights kept are (1 - sparsity) * N of N, but for the rounding of each layer to units and
+    Of N weights (1 - sparsity) * N are kept, but for the rounding of each layer to units and
     float32's resolution of the total.
 
     Args:
-      power: 0 is uniform, 1 the paper's.
+      power: 0 is uniform, 1 the paper's; `functools.partial(erk, power=0.5)` is an allocation.
 
     Example:
       >>> layers = {"a": Layer((10, 10), units=100), "b": Layer((40, 40), units=1600)}
-      >>> {path: int(kept) for path, kept in erk(layers, {}, 0.9).items()}  # densities 0.34, 0.085
+      >>> {path: int(kept) for path, kept in erk(layers, {}, 0.9).items()}
       {'a': 34, 'b': 136}
 
-    Reference: Evci et al., "Rigging the lottery", 2020, https://arxiv.org/abs/1911.11134; Mocanu et
-    al., "Scalable training of artificial neural networks with adaptive sparse connectivity", 2018,
-    https://arxiv.org/abs/1707.04780, for matrices.
+    Reference: Evci et al., "Rigging the lottery", 2020, https://arxiv.org/abs/1911.11134. For
+    matrices: Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
+    connectivity inspired by network science", 2018, https://arxiv.org/abs/1707.04780.
+    """
+    density = _erk_densities(layers, sparsity, power)
+    return {path: keep(layer.units, 1.0 - density[path]) for path, layer in layers.items()}
+
+
+def _erk_densities(layers: Layers, sparsity: Scalar, power: float) -> dict[str, Array]:
+    """{path: density, float32 []}.
+
+    With the k layers of the largest raw densities dense, the others share what is left:
+
+        eps_k = (kept - sizes of the dense ones) / (sum of raw density * size of the others)
+
+    and the solution is the smallest k for which none of the others is more than dense. All sizes
+    are in units of the total, so that float32 resolves the total as well as it can.
     """
     raw = {p: (sum(x.shape) / max(x.size, 1)) ** power for p, x in layers.items()}
     paths = sorted(layers, key=lambda path: -raw[path])
-    # With the k layers of the largest raw densities dense, the others share what is left of the
-    # total: eps_k = (total - sizes of the dense) / (sum of raw * size of the others). The smallest
-    # k for which none of the others is more than dense is the solution; all this in units of N.
-    share = np.array([layers[path].size for path in paths], np.float64)
-    share = share / max(share.sum(), 1.0)
     density = np.array([raw[path] for path in paths])
-    dense = np.cumsum(share) - share
-    others = np.cumsum((density * share)[::-1])[::-1]
-    total = 1.0 - jnp.clip(jnp.asarray(sparsity, jnp.float32), 0.0, 1.0)
-    eps = jnp.maximum(total - jnp.asarray(dense, jnp.float32), 0.0) / jnp.asarray(
-        np.maximum(others, np.finfo(np.float32).tiny), jnp.float32
-    )
-    fits = eps * jnp.asarray(density, jnp.float32) <= 1.0
-    solved = jnp.where(jnp.any(fits), eps[jnp.argmax(fits)], jnp.inf)
-    found = jnp.minimum(1.0, solved * jnp.asarray(density, jnp.float32))
-    return {path: keep(layers[path].units, 1.0 - found[i]) for i, path in enumerate(paths)}
+    size = np.array([layers[path].size for path in paths], np.float64)
+    share = size / size.sum()
+    dense = jnp.asarray(np.cumsum(share) - share, jnp.float32)
+    others = jnp.asarray(np.cumsum((density * share)[::-1])[::-1], jnp.float32)
+    kept = 1.0 - jnp.clip(jnp.asarray(sparsity, jnp.float32), 0.0, 1.0)
+    eps = (kept - dense) / others
+    found = eps * jnp.asarray(density, jnp.float32)  # of the densest of the others
+    fits = found <= 1.0
+    # Without any that fits nothing is pruned, up to rounding.
+    chosen = jnp.where(jnp.any(fits), eps[jnp.argmax(fits)], jnp.inf)
+    result = jnp.clip(chosen * jnp.asarray(density, jnp.float32), 0.0, 1.0)
+    return {path: result[i] for i, path in enumerate(paths)}
 
 
-Rule = Scalar | Callable[[Scalar], Scalar]
+Share = Scalar | Callable[[Scalar], Scalar]
 
 
-def by_path(rules: Mapping[str, Rule]) -> Allocation:
+def by_path(rules: Mapping[str, Share]) -> Allocation:
     """A sparsity of its own for each layer, by regular expressions.
 
     Args:
@@ -127,8 +140,8 @@ def by_path(rules: Mapping[str, Rule]) -> Allocation:
 
     Raises:
       SetupError: a multiplier that is negative.
-      SelectorError: from the allocation, a layer that no pattern matches, or a pattern that is the
-        first match of no layer.
+      SelectorError: from the allocation, a layer that no pattern matches, or a pattern
+        that is the first match of no layer.
 
     Example:
       >>> layers = {"conv/kernel": Layer((10,), 10), "dense/kernel": Layer((100,), 100)}
@@ -137,52 +150,47 @@ def by_path(rules: Mapping[str, Rule]) -> Allocation:
       {'conv/kernel': 6, 'dense/kernel': 20}
     """
     for pattern, rule in rules.items():
-        if isinstance(rule, int | float) and not rule >= 0:
+        if not callable(rule) and not is_traced(rule) and not rule >= 0:
             raise SetupError(
                 f"the sparsity of {pattern!r} is multiplied by {rule}; use 0 (dense) or more."
             )
 
-    def allocate(layers: Layers, scores: Mapping[str, Array], sparsity: Scalar) -> Budget:
-        used = {path: _first(rules, path) for path in layers}
-        if unused := sorted(set(rules) - set(used.values())):
-            raise SelectorError(
-                f"the patterns {unused} are the first match of no layer of {list(layers)}."
-            )
+    def allocate(layers: Layers, scores: Scores, sparsity: Scalar) -> dict[str, Count]:
         found = {}
-        for path, layer in layers.items():
-            rule = rules[used[path]]
+        for path, pattern in _first_matches(rules, layers).items():
+            rule = rules[pattern]
             own = rule(sparsity) if callable(rule) else rule * jnp.asarray(sparsity, jnp.float32)
-            found[path] = keep(layer.units, own)
+            found[path] = keep(layers[path].units, own)
         return found
 
     return allocate
 
 
-def macs(layers: Layers, scores: Mapping[str, Array], sparsity: Scalar) -> dict[str, Count]:
+def macs(layers: Layers, scores: Scores, sparsity: Scalar) -> dict[str, Count]:
     """The sparsity as the fraction of the dense multiply-accumulates that pruning saves.
 
     The units are kept that have the largest score for each multiply-accumulate they cost, see
-    `cost`. A weight of an early convolution, used at many places, has to be that much better.
+    `cost`: a weight of an early convolution, which is used at many places, has to be that much
+    better. What a pruned channel saves in the layers after it is not counted.
 
     Raises:
       SetupError: a layer whose MACs are not known.
     """
-    costs = {}
-    for path, layer in layers.items():
-        if layer.macs is None:
-            raise SetupError(
-                f"a budget of MACs has to know those of {path}; no operation was found in which "
-                "it meets data. Leave it out of the selector, or use another budget."
-            )
-        costs[path] = layer.macs
+    costs = {path: layer.macs for path, layer in layers.items() if layer.macs is not None}
+    if missing := [path for path in layers if path not in costs]:
+        raise SetupError(
+            f"a budget of MACs has to know those of {missing}, and no operation was found in which "
+            "they meet data. Leave them out of the selector, or use another budget."
+        )
     return _by_cost(layers, scores, sparsity, costs)
 
 
-def bytes(layers: Layers, scores: Mapping[str, Array], sparsity: Scalar) -> dict[str, Count]:
+def bytes(layers: Layers, scores: Scores, sparsity: Scalar) -> dict[str, Count]:
     """The sparsity as the fraction of the stored weights that pruning saves.
 
     All weights have the same width (see `cost` for others), and masks are not counted. Of single
-    weights this is `global_`; of channels, it counts each with its size.
+    weights this is `global_`, but for which of equal scores are kept; of channels and blocks, it
+    counts each with its size.
     """
     return _by_cost(layers, scores, sparsity, {path: x.size for path, x in layers.items()})
 
@@ -190,7 +198,7 @@ def bytes(layers: Layers, scores: Mapping[str, Array], sparsity: Scalar) -> dict
 def cost(per_weight: Mapping[str, float]) -> Allocation:
     """A budget of any cost: the sparsity is the fraction of the dense cost that pruning saves.
 
-    With the mean score of a unit's weights s, its weights n and its cost c, those units are kept
+    With s the mean score of a unit's weights, n their number and c their cost, those units are kept
     that have the largest s * n / c, as many as fit into (1 - sparsity) of the total. That maximises
     the sum of the kept weights' scores, up to the last unit.
 
@@ -200,14 +208,16 @@ def cost(per_weight: Mapping[str, float]) -> Allocation:
 
     Raises:
       SetupError: a cost that is not positive.
-      SelectorError: from the allocation, a layer that no pattern matches.
+      SelectorError: from the allocation, a layer that no pattern matches, or a pattern
+        that is the first match of no layer.
     """
     for pattern, each in per_weight.items():
         if not each > 0:
             raise SetupError(f"a weight of {pattern!r} costs {each}; use a positive number.")
 
-    def allocate(layers: Layers, scores: Mapping[str, Array], sparsity: Scalar) -> Budget:
-        costs = {p: x.size * per_weight[_first(per_weight, p)] for p, x in layers.items()}
+    def allocate(layers: Layers, scores: Scores, sparsity: Scalar) -> dict[str, Count]:
+        matches = _first_matches(per_weight, layers)
+        costs = {path: x.size * per_weight[matches[path]] for path, x in layers.items()}
         return _by_cost(layers, scores, sparsity, costs)
 
     return allocate
@@ -223,30 +233,41 @@ ALLOCATIONS: dict[str, Allocation] = {
 
 
 def resolve(budget: str | Allocation) -> Allocation:
-    """The allocation of a name; an allocation as it is."""
+    """The allocation of a name; an allocation as it is.
+
+    Raises:
+      SetupError: an unknown name.
+    """
     if callable(budget):
         return budget
     if budget not in ALLOCATIONS:
         raise SetupError(
             f"budget is {budget!r}; it is one of {list(ALLOCATIONS)}, or a function such as "
-            "by_path({...})."
+            "budgets.by_path({...})."
         )
     return ALLOCATIONS[budget]
 
 
-def _first(rules: Mapping[str, object], path: str) -> str:
-    """The first pattern that matches."""
-    for pattern in rules:
-        if re.search(pattern, path):
-            return pattern
-    raise SelectorError(
-        f"no pattern of {list(rules)} matches {path!r}. End the rules with an entry for '', which "
-        "matches the rest."
-    )
+def _first_matches(rules: Mapping[str, object], layers: Layers) -> dict[str, str]:
+    """{path: the first pattern that matches it}, every path and every pattern used."""
+    found = {}
+    for path in layers:
+        matching = (pattern for pattern in rules if re.search(pattern, path))
+        if (first := next(matching, None)) is None:
+            raise SelectorError(
+                f"no pattern of {list(rules)} matches {path!r}. End the rules with an entry for "
+                "'', which matches the rest."
+            )
+        found[path] = first
+    if unused := [pattern for pattern in rules if pattern not in found.values()]:
+        raise SelectorError(
+            f"the patterns {unused} are the first match of no layer of {list(layers)}."
+        )
+    return found
 
 
 def _by_cost(
-    layers: Layers, scores: Mapping[str, Array], sparsity: Scalar, costs: Mapping[str, float]
+    layers: Layers, scores: Scores, sparsity: Scalar, costs: Mapping[str, Scalar]
 ) -> dict[str, Count]:
     """How many units of each layer have the largest scores for their cost, within a total cost.
 
@@ -255,17 +276,17 @@ def _by_cost(
     same fraction of those it could.
     """
     paths = list(layers)
-    patterns, _ = ordered({path: scores[path].astype(jnp.float32) for path in paths}, True)
-    per_weight = np.array([costs[p] / max(layers[p].size, 1) for p in paths], np.float64)
-    per_weight = per_weight / per_weight.max()
-    shares = [costs[p] / max(layers[p].units, 1) / sum(costs.values()) for p in paths]
-    per_unit = jnp.asarray(shares, jnp.float32)
+    patterns, _ = ordered({path: scores[path].astype(jnp.float32) for path in paths}, signed=True)
+    total = jnp.stack([jnp.asarray(costs[path], jnp.float32) for path in paths])
+    per_unit = total / jnp.asarray([layers[path].units for path in paths], jnp.float32)
+    per_unit = per_unit / jnp.sum(total)
+    per_weight = total / jnp.asarray([layers[path].size for path in paths], jnp.float32)
+    per_weight = per_weight / jnp.max(per_weight)
     wanted = 1.0 - jnp.clip(jnp.asarray(sparsity, jnp.float32), 0.0, 1.0)
 
     def kept(price: Array) -> Array:
         """float32 [layers]: the units of each layer that are worth this price, at least one."""
-        least = unordered(price) * jnp.asarray(per_weight, jnp.float32)
-        [bound], _ = ordered({"": least}, True)
+        [bound], _ = ordered({"": unordered(price) * per_weight}, signed=True)
         counts = [count(x >= bound[i]).value() for i, x in enumerate(patterns)]
         return jnp.maximum(jnp.stack(counts), 1.0)
 
@@ -275,7 +296,7 @@ def _by_cost(
         enough = jnp.sum(kept(middle) * per_unit) >= wanted
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    [infinite], _ = ordered({"": jnp.array([-jnp.inf, jnp.inf])}, True)
+    [infinite], _ = ordered({"": jnp.array([-jnp.inf, jnp.inf], jnp.float32)}, signed=True)
     low, high = lax.fori_loop(0, 32, narrow, (infinite[0], infinite[1] + 1))
     many, few = kept(low), kept(high)
     gap = jnp.sum((many - few) * per_unit)
@@ -294,31 +315,37 @@ def overall(sizes: Mapping[str, int], sparsity: Scalar) -> Count:
     return keep(sum(sizes.values()), sparsity)
 
 
-def keep(size: int, sparsity: Scalar) -> Count:
-    """How many of `size` weights are kept: size - round(sparsity * size), and at least one.
+def keep(size: int, sparsity: Scalar, least: int = 1) -> Count:
+    """How many of `size` units are kept: size - round(sparsity * size), and at least `least`.
 
     The product is computed and rounded in float32, halves to the even number, so that a sparsity
     that is traced (a schedule, a population) gives the same count as the same number written down.
-    Above 2^24 weights it is the nearest count that float32 resolves.
+    Above 2^24 units it is the nearest count that float32 resolves.
 
     Args:
-      size: a number of weights.
+      size: a number of units.
       sparsity: float32 scalar in [0, 1); outside of it the nearest count that there can be is
         meant.
+      least: at most `size`.
 
     Example:
       >>> int(keep(10, 0.75).value())  # round(7.5) = 8 are pruned
       2
     """
     zeros = jnp.clip(jnp.asarray(sparsity, jnp.float32), 0.0, 1.0) * jnp.float32(size)
-    return Count.of(size).minus(Count.rounded(zeros).minimum(Count.of(max(size - 1, 0))))
+    return Count.of(size).minus(Count.rounded(zeros).minimum(Count.of(max(size - least, 0))))
 
 
 def check_not_emptied(sizes: Mapping[str, int], sparsity: float) -> None:
-    """Raises if a layer of one of these sizes would lose all its weights at this sparsity."""
+    """Raises if a layer of one of these sizes would lose all its units at this sparsity."""
     for path, size in sizes.items():
-        if np.round(np.float32(sparsity) * np.float32(size)) >= size:
+        if _zeros(size, sparsity) >= size:
             raise SetupError(
                 f"{path} has {size} weights, and a sparsity of {sparsity} would prune every one of "
                 "them. Leave it out of the selector, or prune less."
             )
+
+
+def _zeros(size: int, sparsity: float) -> int:
+    """How many of `size` units `keep` prunes, before it spares any."""
+    return int(np.round(np.float32(sparsity) * np.float32(size)))
