@@ -125,7 +125,9 @@ class Transform(NamedTuple):
     "scales" (number of scale values stored beside the weights), "sparsity" (fraction of zeros),
     "channels" (channels kept). A key that begins with "@" is about one operation: see `Site.path`.
 
-    `kind` says what the transform does to the weights; `chain` uses it to refuse a wrong order.
+    `kind` says what the transform does to the weights; `chain` uses it to refuse a wrong order:
+    "prune" (pruned weights are zero), "mask" (they are zero in the view alone, and live on behind
+    it), "cluster", "quantize", "architecture", "other".
     `state` and `extra` are trees of arrays without None leaves, and `update` keeps their structure,
     shapes and dtypes. What is keyed by a params path and shaped like that leaf (a mask) is sharded
     like it.
@@ -148,7 +150,7 @@ class Transform(NamedTuple):
 
 # The stage at which each kind meets the weights. Masks and channel slices are both products with
 # zeros and ones, so they commute; shared values are chosen among what is left; the grid comes last.
-STAGES = {"architecture": 0, "prune": 0, "cluster": 1, "quantize": 2}
+STAGES = {"architecture": 0, "prune": 0, "mask": 0, "cluster": 1, "quantize": 2}
 
 
 def chain(*chains: Transform, allow_order: bool = False, **members: Transform) -> Transform:

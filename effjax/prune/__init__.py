@@ -1,7 +1,32 @@
-"""Sparsity: what a weight's score is, which masks follow from scores, how many weights are kept,
-and when."""
+"""Sparsity: what a weight's score is, which weights are kept together, how many are kept in each
+layer, when, and by which algorithm."""
 
-from effjax.prune import budgets, counts, masks, scores, threshold
-from effjax.prune.gradual import magnitude
+from effjax.prune import budgets, counts, masks, patterns, scores, threshold
+from effjax.prune.alive import movement, ste
+from effjax.prune.engine import Rule, Scene, pruning
+from effjax.prune.gradual import Criterion, gradual, magnitude, random, saliency, taylor
+from effjax.prune.patterns import block, channel, n_m, unstructured
 
-__all__ = ["budgets", "counts", "magnitude", "masks", "scores", "threshold"]
+__all__ = [
+    "Criterion",
+    "Rule",
+    "Scene",
+    "block",
+    "budgets",
+    "channel",
+    "counts",
+    "gradual",
+    "magnitude",
+    "masks",
+    "movement",
+    "n_m",
+    "patterns",
+    "pruning",
+    "random",
+    "saliency",
+    "scores",
+    "ste",
+    "taylor",
+    "threshold",
+    "unstructured",
+]

@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from effjax.errors import SelectorError
-from effjax.prune.budgets import Budget
 from effjax.prune.counts import Count, count
-from effjax.prune.threshold import largest
 from effjax.select import leaves, replace
 
 PyTree = Any
@@ -28,8 +27,38 @@ def masked(x: Array, mask: Array) -> Array:
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
-def apply(params: PyTree, masks: Masks) -> PyTree:
+@jax.custom_jvp
+def straight_through(x: Array, mask: Array, everywhere: Array | bool = True) -> Array:
+    """x where the mask keeps it and exactly 0 elsewhere, with the identity's gradient.
+
+    Its gradient with respect to x is the cotangent where the mask keeps x or `everywhere` holds,
+    and exactly 0 elsewhere.
+
+    Args:
+      x: float [...].
+      mask: bool, of the same shape.
+      everywhere: bool scalar, perhaps traced; False makes it `masked`.
+
+    Reference: Bengio, Leonard and Courville, "Estimating or propagating gradients through
+    stochastic neurons", 2013, https://arxiv.org/abs/1308.3432.
+    """
+    return masked(x, mask)
+
+
+@straight_through.defjvp
+def _straight_through(primals, tangents):
+    (x, mask, everywhere), dx = primals, tangents[0]
+    return masked(x, mask), masked(dx, mask | everywhere)
+
+
+def apply(params: PyTree, masks: Masks, through: Array | bool = False) -> PyTree:
     """The params with the weights that the masks prune set to 0.
+
+    Args:
+      params: any tree of arrays.
+      masks: by params path.
+      through: whether pruned weights get the gradient that they would get if they were kept; a
+        bool, perhaps traced.
 
     Raises:
       SelectorError: a mask for a path that the params don't have.
@@ -40,21 +69,10 @@ def apply(params: PyTree, masks: Masks) -> PyTree:
             f"there are masks for {missing}, but the params have {list(named)}. The masks were "
             "made for other params, or a transform before this one renamed them."
         )
-    return replace(params, {path: masked(named[path], mask) for path, mask in masks.items()})
-
-
-def unstructured(scores: Mapping[str, Array], budget: Budget) -> dict[str, Array]:
-    """Masks that keep the weights with the largest scores, wherever they lie.
-
-    Args:
-      scores: {path: float [...]}, none negative.
-      budget: how many to keep; see `budgets`.
-
-    Returns:
-      {path: bool [...]}, with exactly as many kept as the budget says. Of equal scores the first
-      are kept, in the order of the dict and then row-major.
-    """
-    return largest(scores, budget)
+    if through is False:
+        return replace(params, {path: masked(named[path], mask) for path, mask in masks.items()})
+    seen = {path: straight_through(named[path], mask, through) for path, mask in masks.items()}
+    return replace(params, seen)
 
 
 def kept(masks: Masks) -> Count:
