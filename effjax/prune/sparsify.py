@@ -219,10 +219,10 @@ def _check_same(
         off = jnp.abs(a - b)
         if not jnp.all(off <= rounding * max(scale, 1e-6)):  # so written, NaN is far off
             raise SetupError(
-                f"the outputs of the block-sparse model are not the dense one's: of values up "
-                f"to {scale:.3g} they are {float(jnp.mean(off)):.3g} off on average. Likely causes: the model returns a "
-                "weight, computes one from data, or draws random numbers in evaluation. The sparse "
-                f"products were {list(found.blocks)}."
+                "the outputs of the block-sparse model are not the dense one's: of values up to "
+                f"{scale:.3g} they are {float(jnp.mean(off)):.3g} off on average. Likely causes: "
+                "the model returns a weight, computes one from data, or draws random numbers in "
+                f"evaluation. The sparse products were {list(found.blocks)}."
             )
 
 
