@@ -3,8 +3,10 @@ layer, when, and by which algorithm."""
 
 from effjax.prune import budgets, counts, masks, patterns, scores, threshold
 from effjax.prune.alive import movement, ste
+from effjax.prune.compact import compact
 from effjax.prune.engine import Rule, Scene, pruning
-from effjax.prune.gradual import Criterion, gradual, magnitude, random, saliency, taylor
+from effjax.prune.gradual import Criterion, custom, magnitude, random, saliency, taylor
+from effjax.prune.grouping import channel_masks, group_masks, group_scores, groups
 from effjax.prune.patterns import block, channel, n_m, unstructured
 
 __all__ = [
@@ -14,8 +16,13 @@ __all__ = [
     "block",
     "budgets",
     "channel",
+    "channel_masks",
+    "compact",
     "counts",
-    "gradual",
+    "custom",
+    "group_masks",
+    "group_scores",
+    "groups",
     "magnitude",
     "masks",
     "movement",

@@ -216,8 +216,8 @@ class _Walker:
         scope = str(eqn.source_info.name_stack)
         place = f" in {scope}" if scope else ""
         return (
-            f"{eqn.primitive.name} runs over it{place} (LayerNorm, softmax, a mean, ...), and would "
-            "be another number over fewer entries"
+            f"{eqn.primitive.name} runs over it{place} (LayerNorm, softmax, a mean, ...): over "
+            "fewer entries it would give another number"
         )
 
     def window(self, eqn: jaxprs.Eqn, value: Value) -> Sequence[Axis]:
