@@ -107,7 +107,7 @@ def checked(scores: Leaves, likely: str) -> Leaves:
 def sites_of(
     apply: Apply, params: PyTree, model_state: PyTree, batch: PyTree, chosen: Mapping[str, Any]
 ) -> dict[str, list[Site]]:
-    """The products with data that each chosen leaf takes part in, in the order of execution.
+    """The products with data that each chosen leaf takes part in, all in the order of execution.
 
     Raises:
       SiteError: a leaf that is in none, or is not the main one of any, or lies in a function with a
@@ -119,8 +119,10 @@ def sites_of(
     check_reached(mixed, chosen, analysis.met)
     for site in sites:
         check_ruled(site)
-    found = {path: [site for site in sites if site.leaf == path] for path in chosen}
-    if lost := [path for path, own in found.items() if not own]:
+    found: dict[str, list[Site]] = {}
+    for site in sites:
+        found.setdefault(site.leaf, []).append(site)
+    if lost := [path for path in chosen if path not in found]:
         raise SiteError(
             f"{lost} reach data only mixed with larger leaves (a low-rank update, a mask, weight "
             "norm): what their weights are multiplied with is not defined. Select the larger "
