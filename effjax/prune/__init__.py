@@ -1,13 +1,14 @@
 """Sparsity: what a weight's score is, which weights are kept together, how many are kept in each
 layer, when, and by which algorithm."""
 
-from effjax.prune import budgets, counts, masks, patterns, scores, threshold
+from effjax.prune import budgets, counts, masks, oneshot, patterns, scores, threshold
 from effjax.prune.alive import movement, ste
 from effjax.prune.compact import compact
 from effjax.prune.engine import Rule, Scene, pruning
 from effjax.prune.gradual import Criterion, custom, magnitude, random, saliency, taylor
 from effjax.prune.grouping import channel_masks, group_masks, group_scores, groups
 from effjax.prune.patterns import block, channel, n_m, unstructured
+from effjax.prune.sparsegpt import sparsegpt
 
 __all__ = [
     "Criterion",
@@ -27,11 +28,13 @@ __all__ = [
     "masks",
     "movement",
     "n_m",
+    "oneshot",
     "patterns",
     "pruning",
     "random",
     "saliency",
     "scores",
+    "sparsegpt",
     "ste",
     "taylor",
     "threshold",
