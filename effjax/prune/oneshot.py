@@ -21,6 +21,7 @@ Common errors: SelectorError, nothing is selected. SetupError, there is no batch
 shape, or a leaf's scores are not finite or all 0 (no gradient reaches it).
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -250,10 +251,8 @@ def wanda(
     if not per_output:
         return found
     # Of several uses the first says what an output is.
-    layers = {
-        own[0].path: jnp.arange(len(jnp.zeros(own[0].stack).ravel())).reshape(own[0].stack)
-        for own in sites.values()
-    }
+    stacks = {own[0].path: own[0].stack for own in sites.values()}
+    layers = {path: jnp.arange(math.prod(n)).reshape(n) for path, n in stacks.items()}
     numbers = calibration.measure(
         apply, calibration.output_numbers, layers, given=layers, merge=jnp.maximum
     )
@@ -292,8 +291,9 @@ def synflow(
       rounds: n.
 
     Raises:
-      SetupError: scores overflow or vanish; deep networks may need double precision, for which
-        enable x64 and give params in float64.
+      SetupError: scores overflow or vanish. Deep networks need double precision, as the authors
+        use: enable x64 and give params in float64. The scores are then divided by a power of two
+        so that they fit into float32.
 
     Reference: Tanaka et al., 2020, https://arxiv.org/abs/2006.05467; section 5 for n = 100.
     """
@@ -317,11 +317,10 @@ def synflow(
 
         def step(k: Array, mask: Leaves) -> Leaves:
             density = (1 - sparsity) ** ((k + 1) / rounds)
-            ranked = {path: s.astype(jnp.float32) for path, s in score(mask).items()}
-            return largest(ranked, budgets.keep(size, 1 - density))
+            return largest(_single(score(mask)), budgets.keep(size, 1 - density))
 
         whole = {path: jnp.ones(w.shape, bool) for path, w in chosen.items()}
-        return score(lax.fori_loop(0, rounds - 1, step, whole))
+        return _single(score(lax.fori_loop(0, rounds - 1, step, whole)))
 
     found = run(chosen, linear, state, ones, jnp.asarray(sparsity, jnp.float32))
     return checked(found, "the outputs are probabilities, which add up to 1, not logits")
@@ -407,6 +406,15 @@ def _hutchinson(slope: Callable[..., Leaves], probes: int) -> Callable[..., Leav
         return lax.scan(add, zeros, jax.random.split(key, probes))[0]
 
     return diagonal
+
+
+def _single(scores: Leaves) -> Leaves:
+    """Scores in float32: double ones divided by the power of two that makes the largest about 1."""
+    if all(score.dtype == jnp.float32 for score in scores.values()):
+        return scores
+    top = jnp.max(jnp.stack([jnp.max(score) for score in scores.values()]))
+    _, exponent = jnp.frexp(top)
+    return {p: jnp.ldexp(score, -exponent).astype(jnp.float32) for p, score in scores.items()}
 
 
 def _absolute(tree: PyTree) -> PyTree:

@@ -352,3 +352,59 @@ def test_a_linen_attention_projection_has_one_group_for_each_head_and_feature():
     ranked = oneshot.wanda(model.apply, params, {}, BATCHES)["kernel"]  # [4, 2, 3]
     wanted = np.broadcast_to(np.arange(1, 5)[:, None, None] / 4, (4, 2, 3))
     np.testing.assert_allclose(np.sort(ranked, 0), wanted, rtol=1e-6)
+
+
+def test_obd_of_softmax_regression_is_the_hessians():
+    # A linear model's Gauss-Newton matrix is its Hessian, with outputs that depend on one another.
+    params, batch = {"kernel": normal(4, 3)}, {"x": normal(6, 4), "label": jnp.arange(6) % 3}
+    apply = ej.from_function(lambda p, x: x @ p["kernel"], "x")
+    found = oneshot.obd(apply, nets.loss, params, {}, [batch])["kernel"]
+
+    def flat_loss(w):
+        return nets.loss(batch["x"] @ w.reshape(4, 3), batch)
+
+    w = params["kernel"].ravel()
+    wanted = np.diag(jax.hessian(flat_loss)(w)) * w**2 / 2
+    np.testing.assert_allclose(found.ravel(), wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_synflow_makes_batchnorm_positive():
+    module = nn.Sequential([nn.Dense(3, use_bias=False), nn.BatchNorm(use_running_average=True)])
+    model = ej.from_linen(module, inputs="x")
+    norm = {"scale": jnp.array([-2.0, 1.0, 3.0]), "bias": jnp.array([-1.0, 0.0, 5.0])}
+    params = {"layers_0": {"kernel": normal(4, 3)}, "layers_1": norm}
+    stats = {"layers_1": {"mean": jnp.array([-0.5, 0.1, 0.2]), "var": jnp.array([4.0, 1.0, 0.25])}}
+    found = oneshot.synflow(model.apply, params, {"batch_stats": stats}, BATCHES[0], 0.5, rounds=1)
+    gain = np.array([2.0, 1.0, 3.0]) / np.sqrt(np.array([4.0, 1.0, 0.25]) + 1e-5)
+    wanted = np.abs(params["layers_0"]["kernel"]) * gain
+    np.testing.assert_allclose(found["layers_0/kernel"], wanted, rtol=1e-5)
+
+
+def test_synflow_of_a_deep_network_in_double_precision():
+    def deep(params, model_state, batch, key, train):
+        return lax.scan(lambda h, w: (h @ w, None), batch["x"], params["kernel"])[0], {}
+
+    kernel, x = 10 * RNG.normal(size=(40, 4, 4)), np.ones((2, 4))
+    with pytest.raises(SetupError, match="NaN or infinite"):
+        oneshot.synflow(
+            deep, {"kernel": jnp.asarray(kernel, jnp.float32)}, {}, {"x": x}, 0.5, rounds=2
+        )
+    with jax.enable_x64(True):
+        params = {"kernel": jnp.asarray(kernel)}
+        found = oneshot.synflow(deep, params, {}, {"x": x}, 0.5, rounds=2)["kernel"]
+    assert found.dtype == jnp.float32
+    # Flow is conserved: what enters each layer is the same, up to what rounds to nothing.
+    sums = np.asarray(found).sum((1, 2))
+    np.testing.assert_allclose(sums, sums[0], rtol=1e-5)
+    assert 0.5 <= float(found.max()) < 1
+
+
+def test_synflow_for_several_sparsities_at_once():
+    def run(sparsity):
+        return oneshot.synflow(mlp_linear, PARAMS, {}, BATCHES[0], sparsity, rounds=4)
+
+    many = jax.vmap(run)(jnp.array([0.5, 0.9]))
+    for i, sparsity in enumerate((0.5, 0.9)):
+        one = run(sparsity)
+        for path in PATHS:
+            np.testing.assert_allclose(many[path][i], one[path], rtol=1e-6)
