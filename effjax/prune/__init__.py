@@ -4,6 +4,7 @@ layer, when, and by which algorithm."""
 from effjax.prune import budgets, counts, masks, oneshot, patterns, scores, threshold
 from effjax.prune.alive import movement, ste
 from effjax.prune.compact import compact
+from effjax.prune.dynamic import rigl, set_, sparse_momentum, static
 from effjax.prune.engine import Rule, Scene, pruning
 from effjax.prune.gradual import Criterion, custom, magnitude, random, saliency, taylor
 from effjax.prune.grouping import channel_masks, group_masks, group_scores, groups
@@ -32,9 +33,13 @@ __all__ = [
     "patterns",
     "pruning",
     "random",
+    "rigl",
     "saliency",
     "scores",
+    "set_",
+    "sparse_momentum",
     "sparsegpt",
+    "static",
     "ste",
     "taylor",
     "threshold",

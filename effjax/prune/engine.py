@@ -86,7 +86,7 @@ def pruning(
     *,
     budget: str | budgets.Allocation = "uniform",
     pattern: Pattern,
-    select: str | None = None,
+    select: str | list[str] | None = None,
 ) -> Transform:
     """The transform that prunes by a rule.
 
@@ -147,6 +147,9 @@ def pruning(
             # This much in every step: XLA makes it part of the optimizer's own arithmetic. All
             # that goes over the weights once more is left to the steps that move the masks.
             weights = {path: masks.masked(w, mask[path]) for path, w in weights.items()}
+            if rule.gradient == "all":
+                owned = {n: masks.masked(moments[n], mask[p]) for n, p in belongs.items()}
+                moments = {**moments, **owned}
         slopes = {path: slopes[path] for path in mask}
         scene = Scene(weights, slopes, mask, vars.extra, state["memory"], ctx.key, ctx.step)
         if rule.observe is not None:
@@ -177,7 +180,9 @@ def pruning(
         return masks.apply(params, state["mask"])
 
     def report(vars: Vars, state, aux, ctx: Ctx) -> Metrics:
-        target = jnp.where(ctx.step < window.begin, 0.0, schedule(ctx.step))
+        target = schedule(ctx.step)
+        if rule.start is None:
+            target = jnp.where(ctx.step < window.begin, 0.0, target)
         found = {name: state[name] for name in ("sparsity", "sparsest")}
         return {**found, "target": target}
 
