@@ -178,7 +178,7 @@ def make_step(
       ...     return batch["x"] @ params["kernel"], model_state
       >>> model = ej.Model(lambda key, batch: ({"kernel": jnp.ones((4, 2))}, {}), apply)
       >>> batch = {"x": jnp.ones((8, 4))}
-      >>> half = ej.chain(prune=ej.prune.magnitude(0.5))
+      >>> half = ej.chain(prune=ej.prune.magnitude(0.5, select="kernel$"))
       >>> state = ej.init_state(jax.random.key(0), model, half, optax.sgd(0.1), batch)
       >>> loss = lambda outputs, batch: jnp.mean(outputs**2)
       >>> step = jax.jit(ej.make_step(apply, half, loss, optax.sgd(0.1)))

@@ -343,21 +343,24 @@ def _zeros(case: Case) -> None:
                 f"zeros of {path} are not shipped as zeros"
             )
     for name, member in case.chain.members:
-        if member.kind == "prune":
-            _masked_stay_zero(case, name)
+        if member.kind in ("prune", "mask"):
+            _masked_stay_zero(case, name, alive=member.kind == "mask")
 
 
-def _masked_stay_zero(case: Case, name: str) -> None:
+def _masked_stay_zero(case: Case, name: str, alive: bool) -> None:
+    """Of a "mask" only what is shipped is zero; the weights behind it live on."""
     pruned = 0
     for state in case.trajectory[1:]:
-        model = leaves(state.vars.model)
-        for path, mask in state.transform[name]["mask"].items():
+        model = leaves(export(case.chain, state) if alive else state.vars.model)
+        for path, mask in state.transform[name].get("mask", {}).items():
             off = ~np.asarray(mask)
             pruned += int(off.sum())
             step = int(state.step)
             assert not np.any(np.asarray(model[path])[off]), (
                 f"{path} has pruned weights at step {step}"
             )
+            if alive:
+                continue
             for where, moment in leaves(state.opt).items():
                 if where.endswith(f"model/{path}") and np.shape(moment) == off.shape:
                     assert not np.any(np.asarray(moment)[off]), f"{where} moves pruned weights"
@@ -389,7 +392,9 @@ def _close(got: PyTree, want: PyTree, what: str) -> None:
         if x.dtype.kind in "fV":
             scale = np.max(np.abs(y), initial=1e-3)
             error = np.max(np.abs(x - y), initial=0.0) / scale
-            assert error < 2e-4, f"{what}: {path} differs by {error:.1e} of its largest entry"
+            # Behind quantizers rounding moves a value by one of their steps now and then, and a
+            # mean gradient by that step over the number of examples.
+            assert error < 1e-3, f"{what}: {path} differs by {error:.1e} of its largest entry"
         else:
             assert np.array_equal(x, y), f"{what}: {path} ({x.dtype}) differs"
 

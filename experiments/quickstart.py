@@ -234,7 +234,7 @@ def make_arms(config: Config, steps: int) -> list[Arm]:
     begin, end, every = steps // 5, 2 * steps // 3, max(1, steps // 20)
     teacher = cnn.model(wide, config.library).apply
     nas = ej.nas.width(cnn.width_groups(small), WIDTHS, samples=1)
-    prune = ej.prune.magnitude(config.sparsity, begin, end, every)
+    prune = ej.prune.magnitude(config.sparsity, begin, end, every, select="kernel$")
     quant = ej.quantize.qat(config.bits, config.bits, ranges="static", start=steps // 3)
     kd = ej.distill.logits(teacher, temperature=config.temperature, alpha=config.alpha)
     members: dict[str, dict[str, ej.Transform]] = {

@@ -42,7 +42,7 @@ def loss(outputs, batch):
 
 
 def prune():
-    return ej.chain(prune=ej.prune.magnitude(0.5))
+    return ej.chain(prune=ej.prune.magnitude(0.5, select="kernel$"))
 
 
 def run_make_step(model, params, model_state, tx, steps=3):

@@ -19,7 +19,7 @@ STEPS = 3
 
 def techniques():
     return ej.chain(
-        prune=ej.prune.magnitude(0.75, begin=0, end=2, scope="global"),
+        prune=ej.prune.magnitude(0.75, begin=0, end=2, budget="global", select="kernel$"),
         quant=ej.quantize.qat(ranges="static"),
     )
 

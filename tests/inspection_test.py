@@ -48,7 +48,7 @@ def test_what_is_printed(cnn):
 def test_a_train_state_of_pruned_and_quantized_weights(cnn):
     model = cnn[0]
     transform = ej.chain(
-        prune=ej.prune.magnitude(0.5, begin=0, end=1, every=1),
+        prune=ej.prune.magnitude(0.5, begin=0, end=1, every=1, select="kernel$"),
         quant=ej.quantize.qat(ranges="static"),
     )
     tx = optax.sgd(0.1)

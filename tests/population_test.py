@@ -70,7 +70,7 @@ def compressed(model):
                 LINEN.apply, temperature=hyper["temperature"], alpha=hyper["alpha"]
             ),
             nas=ej.nas.width({"conv": ["conv/", "norm/"]}, (0.5, 1.0), samples=1),
-            prune=ej.prune.magnitude(hyper["sparsity"], begin=1, end=3, every=2),
+            prune=ej.prune.magnitude(hyper["sparsity"], begin=1, end=3, every=2, select="kernel$"),
             quant=ej.quantize.qat(hyper["bits"], hyper["bits"]),
         )
         tx = optax.adam(hyper["lr"])

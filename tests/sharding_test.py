@@ -72,7 +72,7 @@ def test_rules_that_cannot_be_meant(rule, message):
 
 def test_masks_and_moments_lie_where_their_weights_lie():
     layout = ej.Layout(MESH, [(r"kernel", PartitionSpec(None, None, None, "model"))])
-    transform = ej.chain(prune=ej.prune.magnitude(0.5))
+    transform = ej.chain(prune=ej.prune.magnitude(0.5, select="kernel$"))
     args = (MODEL, transform, optax.adam(1e-3), BATCH)
     state = ej.init_state(jax.random.key(0), *args, layout=layout)
     want = state.vars.model["kernel"].sharding

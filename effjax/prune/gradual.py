@@ -40,7 +40,7 @@ class Options(TypedDict, total=False):
     select: str | None
 
 
-def gradual(
+def custom(
     criterion: Criterion,
     sparsity: Scalar | Schedule | None = None,
     begin: int = 0,
@@ -60,7 +60,7 @@ def gradual(
       >>> def score(scene):  # the weights that moved most since the last move
       ...     return {path: jnp.abs(w - scene.memory[path]) for path, w in scene.weights.items()}
       >>> moved = ej.prune.Criterion(score, memory=dict, forgets=True)
-      >>> prune = ej.chain(prune=ej.prune.gradual(moved, 0.9, begin=100, end=1000, every=100))
+      >>> prune = ej.chain(prune=ej.prune.custom(moved, 0.9, begin=100, end=1000, every=100))
     """
     pattern = unstructured() if pattern is None else pattern
 
@@ -139,7 +139,7 @@ def magnitude(
     Reference: Zhu and Gupta, "To prune, or not to prune", 2017, https://arxiv.org/abs/1710.01878.
     """
     given = Options(initial=initial, budget=budget, pattern=pattern, select=select)
-    return gradual(Criterion(_magnitudes), sparsity, begin, end, every, **given)
+    return custom(Criterion(_magnitudes), sparsity, begin, end, every, **given)
 
 
 def saliency(
@@ -161,7 +161,7 @@ def saliency(
     def score(scene: Scene) -> Named:
         return {p: scores.saliency(w, scene.grads[p]) for p, w in scene.weights.items()}
 
-    return gradual(Criterion(score), sparsity, begin, end, every, **options)
+    return custom(Criterion(score), sparsity, begin, end, every, **options)
 
 
 def taylor(
@@ -193,7 +193,7 @@ def taylor(
         return {path: scene.memory[path] + term for path, term in terms.items()}
 
     criterion = Criterion(lambda scene: scene.memory, False, memory, observe, forgets=True)
-    return gradual(criterion, sparsity, begin, end, every, **options)
+    return custom(criterion, sparsity, begin, end, every, **options)
 
 
 def random(
@@ -217,7 +217,7 @@ def random(
         # Above 0 for what is left, so that it comes before what is pruned.
         return {path: jnp.where(scene.mask[path], 1 + s, 0.0) for path, s in found.items()}
 
-    return gradual(Criterion(score), sparsity, begin, end, every, **options)
+    return custom(Criterion(score), sparsity, begin, end, every, **options)
 
 
 def random_scores(key: Array, weights: Named) -> Named:

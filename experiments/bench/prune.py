@@ -173,7 +173,8 @@ def step_row(name: str, config: Config) -> dict[str, Any]:
     image = jax.random.normal(jax.random.key(0), shape)
     batch = {"image": image, "label": jnp.arange(shape[0]) % 10}
     # The masks move in step 0, which is not timed, and then not before step 10^6.
-    gradual = ej.prune.magnitude(config.sparsity, end=10**6, every=10**6, initial=config.sparsity)
+    times = {"end": 10**6, "every": 10**6, "initial": config.sparsity}
+    gradual = ej.prune.magnitude(config.sparsity, **times, select="kernel$")
     held = gradual._replace(update=_held, report=lambda vars, state, aux, ctx: {})
     calls: dict[str, Callable[[], Any]] = {
         "dense": _trainer(model, ej.chain(), None, batch),

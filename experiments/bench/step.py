@@ -23,8 +23,9 @@ from jax import Array, lax
 
 import effjax as ej
 from effjax.prune import masks
-from effjax.prune.budgets import per_layer
+from effjax.prune.budgets import keep
 from effjax.prune.scores import magnitude
+from effjax.prune.threshold import largest
 from effjax.quantize import numerics
 from experiments.harness.provenance import provenance, write_json
 
@@ -144,7 +145,9 @@ def fused_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
         kernels = {k: w for k, w in ej.select.leaves(params).items() if k.endswith("kernel")}
         sizes = {path: w.size for path, w in kernels.items()}
         scores = {path: magnitude(w) for path, w in kernels.items()}
-        return ej.select.replace(mask, masks.unstructured(scores, per_layer(sizes, sparsity)))
+        return ej.select.replace(
+            mask, largest(scores, {p: keep(n, sparsity) for p, n in sizes.items()})
+        )
 
     return step
 
@@ -197,7 +200,7 @@ def _empty(model, params, batch, tx) -> tuple[dict[str, Callable[[], Any]], floa
 
 def _composed(model, params, batch, tx, teacher) -> tuple[dict[str, Callable[[], Any]], float]:
     transform = ej.chain(
-        prune=ej.prune.magnitude(SPARSITY, begin=BEGIN, end=END, every=EVERY),
+        prune=ej.prune.magnitude(SPARSITY, begin=BEGIN, end=END, every=EVERY, select="kernel$"),
         quant=ej.quantize.qat(),
         kd=ej.distill.logits(apply, temperature=TEMPERATURE),
     )

@@ -45,7 +45,9 @@ def linear(transform=None, *, width=3, layout=None, metrics=None):
         out = params["out"]
         return batch["x"] @ out["kernel"] + out["bias"] + noise, model_state
 
-    transform = transform or ej.chain(prune=ej.prune.magnitude(0.5, begin=2, end=8, every=3))
+    transform = transform or ej.chain(
+        prune=ej.prune.magnitude(0.5, begin=2, end=8, every=3, select="kernel$")
+    )
     tx = optax.adam(0.05)
 
     def loss(outputs, batch):

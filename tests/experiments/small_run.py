@@ -53,7 +53,9 @@ def setup(config: Config, loss: Any = cross_entropy) -> dict[str, Any]:
     teacher = ej.distill.Teacher(*jax.jit(lambda b: model.init(jax.random.key(99), b(0)))(batches))
     transform = ej.chain(
         kd=ej.distill.logits(model.apply, alpha=0.1),
-        prune=ej.prune.magnitude(0.8, begin=0, end=max(2, config.steps // 2), every=5),
+        prune=ej.prune.magnitude(
+            0.8, begin=0, end=max(2, config.steps // 2), every=5, select="kernel$"
+        ),
     )
     frozen = {"kd": teacher}
     state = ej.init_state(

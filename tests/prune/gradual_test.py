@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec
 import effjax as ej
 from effjax.core import Ctx, Vars
 from effjax.errors import ScheduleError, SelectorError, SetupError
-from effjax.prune.gradual import magnitude
-from effjax.select import leaves
+import effjax.prune.gradual as gradual
+from effjax.prune.patterns import n_m
+from effjax.select import KERNELS, leaves
 
 RNG = np.random.default_rng(0)
 BATCH = {"x": RNG.normal(size=(16, 12)).astype(np.float32), "y": RNG.integers(0, 6, 16)}
@@ -34,6 +35,10 @@ def apply(params, model_state, batch, key, train):
 
 MODEL = ej.Model(init, apply)
 SIZES = {"body/kernel": 240, "head/kernel": 120}
+
+
+def magnitude(*args, select=KERNELS, **kwargs):
+    return gradual.magnitude(*args, select=select, **kwargs)
 
 
 def loss(outputs, batch):
@@ -58,10 +63,10 @@ def expected(sparsity, size):
 # What is pruned, and when.
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("budget", ["uniform", "global"])
 @pytest.mark.parametrize("initial", [0.0, 0.3])
-def test_every_step_has_exactly_the_zeros_of_the_cubic_schedule(scope, initial):
-    step, state = start(magnitude(0.9, 2, 11, 3, initial=initial, scope=scope))
+def test_every_step_has_exactly_the_zeros_of_the_cubic_schedule(budget, initial):
+    step, state = start(magnitude(0.9, 2, 11, 3, initial=initial, budget=budget))
     done = 0.0
     for t in range(14):
         state, metrics = step(state, BATCH)
@@ -73,10 +78,10 @@ def test_every_step_has_exactly_the_zeros_of_the_cubic_schedule(scope, initial):
         found = zeros(state.vars.model)
         masked = {p: int(jnp.sum(~m)) for p, m in state.transform["prune"]["mask"].items()}
         assert found == masked
-        if scope == "layer":
+        if budget == "uniform":
             assert found == {path: expected(done, size) for path, size in SIZES.items()}
         assert sum(found.values()) == (
-            expected(done, 360) if scope == "global" else sum(found.values())
+            expected(done, 360) if budget == "global" else sum(found.values())
         )
         assert float(metrics["prune/sparsity"]) == pytest.approx(sum(found.values()) / 360)
         sparsest = max(found[path] / size for path, size in SIZES.items())
@@ -89,13 +94,13 @@ def test_the_smallest_weights_as_the_optimizer_left_them_are_pruned():
     tx = optax.adam(0.05)
     plain, dense = start(magnitude(0.5, begin=10), tx)
     dense, _ = plain(dense, BATCH)  # nothing happens before `begin`
-    for scope in ("layer", "global"):
-        step, state = start(magnitude(0.5, scope=scope), tx)
+    for budget in ("uniform", "global"):
+        step, state = start(magnitude(0.5, budget=budget), tx)
         state, _ = step(state, BATCH)
         weights = {p: np.asarray(leaves(dense.vars.model)[p]) for p in SIZES}
         every = np.concatenate([np.abs(w).ravel() for w in weights.values()])
         for path, w in weights.items():
-            ranked = np.sort(np.abs(w).ravel() if scope == "layer" else every)
+            ranked = np.sort(np.abs(w).ravel() if budget == "uniform" else every)
             mask = np.abs(w) >= ranked[ranked.size // 2]
             np.testing.assert_array_equal(state.transform["prune"]["mask"][path], mask)
             np.testing.assert_array_equal(leaves(state.vars.model)[path], np.where(mask, w, 0))
@@ -140,13 +145,13 @@ def test_a_selector_chooses_what_is_pruned():
     assert zeros(state.vars.model) == {"body/kernel": 120, "head/kernel": 0}
 
 
-def test_a_global_threshold_that_empties_a_layer_says_so():
+def test_a_global_threshold_leaves_every_layer_a_weight_and_says_how_sparse_it_is():
     params, _ = init(jax.random.key(0), BATCH)
     params["head"]["kernel"] *= 1e-3
-    step, state = start(magnitude(0.5, scope="global"), optax.sgd(0.0), params=params)
+    step, state = start(magnitude(0.5, budget="global"), optax.sgd(0.0), params=params)
     state, metrics = step(state, BATCH)
-    assert zeros(state.vars.model) == {"body/kernel": 60, "head/kernel": 120}
-    assert float(metrics["prune/sparsest"]) == 1.0
+    assert zeros(state.vars.model) == {"body/kernel": 61, "head/kernel": 119}
+    assert float(metrics["prune/sparsest"]) == pytest.approx(119 / 120)
 
 
 # Gradients, views, exports.
@@ -382,11 +387,11 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("budget", ["uniform", "global"])
 @pytest.mark.parametrize("rules", LAYOUTS.values(), ids=LAYOUTS)
-def test_on_a_mesh_masks_lie_like_their_weights_and_nothing_is_gathered(rules, scope):
+def test_on_a_mesh_masks_lie_like_their_weights_and_nothing_is_gathered(rules, budget):
     layout = ej.Layout(jax.make_mesh((4, 2), ("data", "model")), rules)
-    prune = magnitude(0.8, 0, 3, scope=scope)
+    prune = magnitude(0.8, 0, 3, budget=budget)
     step, state = start(prune, layout=layout)
     alone, single = start(prune)
     for _ in range(4):
@@ -395,7 +400,7 @@ def test_on_a_mesh_masks_lie_like_their_weights_and_nothing_is_gathered(rules, s
     masks = state.transform["prune"]["mask"]
     for path, mask in masks.items():
         kept = int(jnp.sum(mask))
-        assert kept == int(jnp.sum(single.transform["prune"]["mask"][path])) or scope == "global"
+        assert kept == int(jnp.sum(single.transform["prune"]["mask"][path])) or budget == "global"
         weights = leaves(state.vars.model)[path]
         assert mask.sharding.is_equivalent_to(weights.sharding, 2)
     assert sum(int(jnp.sum(m)) for m in masks.values()) == 72
@@ -413,7 +418,7 @@ def test_on_a_mesh_masks_lie_like_their_weights_and_nothing_is_gathered(rules, s
 
 
 def test_the_update_lowers_for_other_platforms():
-    prune = magnitude(0.8, 0, 3, scope="global")
+    prune = magnitude(0.8, 0, 3, budget="global")
     step, state = start(prune)
     for platform in ("cpu", "cuda", "tpu"):
         exported = jax.export.export(step, platforms=[platform])(state, BATCH)
@@ -440,10 +445,17 @@ def test_the_update_lowers_for_other_platforms():
         (lambda: magnitude(lambda t: 0.5, initial=0.1), ScheduleError, "says itself"),
         (lambda: magnitude(lambda t: 0.1 * t, 0, 10), ScheduleError, "at step 10 is 1.0"),
         (lambda: magnitude(lambda t: 0.5, 10, 5), ScheduleError, "begins at step 10"),
-        (lambda: magnitude(0.5, scope="model"), SetupError, r"'model'.*\['layer', 'global'\]"),
+        (lambda: magnitude(0.5, budget="model"), SetupError, r"'model'.*'uniform'"),
+        (lambda: magnitude(), ScheduleError, "no sparsity is given"),
+        (lambda: magnitude(0.5, pattern=n_m(1, 4)), ScheduleError, "its own, 0.75, but 0.5"),
+        (lambda: magnitude(jnp.float32(0.5), pattern=n_m(2, 4)), ScheduleError, "its own, 0.5"),
+        (lambda: magnitude(pattern=n_m(2, 4), every=5), ScheduleError, "every=5.*end="),
+        (lambda: magnitude(pattern=n_m(2, 4), end=9, initial=0.1), ScheduleError, "initial=0.1"),
+        (lambda: start(magnitude(pattern=n_m(2, 7))), SetupError, "7 does not divide"),
+        (lambda: start(magnitude(0.5, select=None)), SelectorError, "first and its last"),
         (lambda: start(magnitude(0.5, select="conv")), SelectorError, "'conv' matches no leaf"),
         (lambda: start(magnitude(0.997)), SetupError, "head/kernel has 120 weights"),
-        (lambda: start(magnitude(0.9999, scope="global")), SetupError, "the whole selection"),
+        (lambda: start(magnitude(0.9999, budget="global")), SetupError, "the whole selection"),
         (lambda: start(magnitude(lambda t: 0.997)), SetupError, "head/kernel has 120 weights"),
     ],
 )
