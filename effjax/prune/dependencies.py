@@ -215,10 +215,8 @@ class _Walker:
     def reduced(self, eqn: jaxprs.Eqn) -> str:
         scope = str(eqn.source_info.name_stack)
         place = f" in {scope}" if scope else ""
-        return (
-            f"{eqn.primitive.name} runs over it{place} (LayerNorm, softmax, a mean, ...): over "
-            "fewer entries it would give another number"
-        )
+        name = eqn.primitive.name
+        return f"{name} runs over it{place}: over fewer entries, a LayerNorm, softmax or mean differs"
 
     def window(self, eqn: jaxprs.Eqn, value: Value) -> Sequence[Axis]:
         p = eqn.params
