@@ -13,6 +13,7 @@ from effjax.errors import SetupError, SiteError
 from effjax.jaxprs import CONV
 from effjax.prune import calibration, matrices, patterns
 from effjax.prune.calibration import Leaves, chosen_leaves, mean, no_key, peek
+from effjax.prune.counts import Count
 from effjax.prune.masks import masked
 from effjax.prune.surgeon import prune_matrix
 from effjax.schedules import Scalar, check_fraction, is_traced
@@ -20,6 +21,7 @@ from effjax.select import KERNELS, replace
 from effjax.sites import Site
 
 Shape = tuple[int, ...]
+Sparsity = Scalar | Mapping[str, Scalar | Count]
 
 
 def sparsegpt(
@@ -27,7 +29,7 @@ def sparsegpt(
     params: PyTree,
     model_state: PyTree,
     batches: Iterable[PyTree],
-    sparsity: Scalar | Mapping[str, Scalar] | None = None,
+    sparsity: Sparsity | None = None,
     *,
     n_m: tuple[int, int] | None = None,
     select: str = KERNELS,
@@ -48,14 +50,16 @@ def sparsegpt(
       apply: `(params, model_state, batch, key, train) -> (outputs, model_state)`.
       params, model_state: a trained model's.
       batches: an iterable of batches of one shape; with `sequential` it is read once a leaf.
-      sparsity: the fraction of zeros in each leaf, in [0, 1), or {path: fraction}; perhaps traced.
+      sparsity: the fraction of zeros in each leaf, in [0, 1); or {path: fraction}; or {path: Count}
+        of the weights kept, as `budgets.erk` gives them.
       n_m: in place of a sparsity, (N, M): of M neighbouring weights along the last of the input
         axes N are kept. In a kernel [..., in, out] that is the axis of `patterns.n_m(N, M)`.
       select: a regular expression for the params paths.
       damping: what is added to the diagonal of XᵀX, as a fraction of its mean.
       columns: inputs in a block, whose masks are chosen together (but N:M's).
       sequential: in the order of execution, each layer with the inputs that the layers pruned
-        before it give. Otherwise all with the dense model's, in one pass.
+        before it give. Otherwise all with the dense model's, in one pass. (The layers of a scan are
+        one leaf, and have the dense ones' inputs.)
 
     Returns:
       (params, masks {path: bool, shaped like the leaf}). Pruned weights are exactly 0.
@@ -122,14 +126,20 @@ def _solve(
 ) -> tuple[Array, Array]:
     """New weights and mask, laid out like the operation's weight."""
     rows = matrices.to_rows(site, weight)
-    flat = moments.reshape(-1, *moments.shape[-2:])
+    flat = rows.reshape(-1, *rows.shape[-2:]), moments.reshape(-1, *moments.shape[-2:])
+    found, kept = _prune_all(*flat, sparsity, n_m, damping, columns)
+    back = partial(matrices.from_rows, site, shape=weight.shape)
+    return back(found.reshape(rows.shape)), back(kept.reshape(rows.shape))
+
+
+@partial(jax.jit, static_argnums=(3, 5))  # compiled once for all layers of one shape
+def _prune_all(rows, moments, sparsity, n_m, damping, columns) -> tuple[Array, Array]:
+    """`prune_matrix` of one matrix after another, [matrices, outputs, inputs]."""
 
     def one(args: tuple[Array, Array]) -> tuple[Array, Array]:
         return prune_matrix(*args, sparsity, n_m=n_m, damping=damping, columns=columns)
 
-    found, kept = lax.map(one, (rows.reshape(-1, *rows.shape[-2:]), flat))
-    back = partial(matrices.from_rows, site, shape=weight.shape)
-    return back(found.reshape(rows.shape)), back(kept.reshape(rows.shape))
+    return lax.map(one, (rows, moments))
 
 
 def _place(apply, own, params, model_state, batch, key, given: Leaves) -> Leaves:
@@ -143,7 +153,8 @@ def _place(apply, own, params, model_state, batch, key, given: Leaves) -> Leaves
     return jax.jit(run)(given, own, params, model_state, batch, key)
 
 
-def _amounts(sparsity: Scalar | Mapping[str, Scalar] | None, chosen: Leaves) -> dict[str, Scalar]:
+def _amounts(sparsity: Sparsity | None, chosen: Leaves) -> dict[str, Scalar]:
+    """The fraction of zeros in each leaf."""
     if not isinstance(sparsity, Mapping):
         return dict.fromkeys(chosen, 0.0 if sparsity is None else sparsity)
     if set(sparsity) != set(chosen):
@@ -151,11 +162,16 @@ def _amounts(sparsity: Scalar | Mapping[str, Scalar] | None, chosen: Leaves) -> 
             f"there are sparsities for {sorted(sparsity)}, but the selected leaves are "
             f"{sorted(chosen)}. Give one for each, or a single number."
         )
-    return dict(sparsity)
+    amounts: dict[str, Scalar] = {}
+    for path, amount in sparsity.items():
+        if isinstance(amount, Count):
+            amount = 1 - amount.value() / chosen[path].size
+        amounts[path] = amount
+    return amounts
 
 
 def _check_arguments(
-    sparsity: Scalar | Mapping[str, Scalar] | None,
+    sparsity: Sparsity | None,
     n_m: tuple[int, int] | None,
     damping: float,
     columns: int,
@@ -169,7 +185,7 @@ def _check_arguments(
         patterns.n_m(*n_m)  # raises unless 0 < N <= M
     values = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
     for value in values:
-        if value is not None:
+        if value is not None and not isinstance(value, Count):
             check_fraction(value, "the sparsity")
     if columns < 1 or (not is_traced(damping) and not damping > 0):
         raise SetupError(
@@ -225,7 +241,7 @@ def _other_layout(path: str) -> None:
 
 def _check_inputs(path: str, moments: Array) -> None:
     total = jnp.trace(moments, axis1=-2, axis2=-1)
-    if not bool(jnp.all(jnp.isfinite(total) & (total > 0))):
+    if not bool(jnp.all(jnp.isfinite(total)) & jnp.any(total > 0)):
         raise SetupError(
             f"the inputs of {path} are not finite on the calibration batches, or all 0: nothing "
             "says which of its weights matter. Look at the batches and the layers before it."

@@ -112,7 +112,8 @@ def prune_matrix(
 
 def _factor(moments: Array, damping: Scalar, extra: int) -> Array:
     """The upper triangular U of (H + λI)⁻¹ = UᵀU, with `extra` inputs that meet nothing."""
-    damp = damping * jnp.mean(jnp.diagonal(moments))
+    size = jnp.mean(jnp.diagonal(moments))
+    damp = jnp.where(size > 0, damping * size, 1.0)  # inputs that are all 0: by magnitude
     h = moments + damp * jnp.eye(len(moments))
     # With H = V Vᵀ, V upper triangular (the Cholesky factor from the other end), U = V⁻¹.
     v = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]

@@ -101,6 +101,19 @@ def test_inputs_that_are_always_zero_go_first_and_break_nothing():
     found, mask = prune_matrix(jnp.asarray(w), jnp.asarray(x.T @ x), 0.25)
     assert not np.any(mask[:, 3])
     assert np.all(np.isfinite(found))
+    found, mask = prune_matrix(jnp.array([[1.0, -4.0, 2.0, 3.0]]), jnp.zeros((4, 4)), 0.5)
+    np.testing.assert_array_equal(found, [[0.0, -4.0, 0.0, 3.0]])
+
+
+def test_depthwise_convolution_with_a_dead_channel():
+    options = {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 4}
+    apply = conv({**options, "dimension_numbers": ("NHWC", "HWIO", "NHWC")})
+    image = jnp.asarray(correlated(50, 4).reshape(2, 5, 5, 4)).at[..., 2].set(0)
+    kernel = jnp.asarray(RNG.normal(size=(3, 3, 1, 4)), jnp.float32)
+    new, masks = sparsegpt(apply, {"kernel": kernel}, {}, [{"image": image}], 0.5)
+    np.testing.assert_array_equal(masks["kernel"].sum((0, 1, 2)), 5)  # 9 - round(4.5)
+    dead = masks["kernel"][..., 2]
+    np.testing.assert_array_equal(new["kernel"][..., 2], jnp.where(dead, kernel[..., 2], 0))
 
 
 def dense(params, model_state, batch, key, train):
@@ -287,8 +300,30 @@ def test_bfloat16_params_keep_their_dtype():
 def test_a_sparsity_for_each_leaf():
     _, masks = sparsegpt(dense, PARAMS, {}, X, {"a/kernel": 0.75, "b/kernel": 0.25})
     assert (int(masks["a/kernel"].sum()), int(masks["b/kernel"].sum())) == (48, 54)
+    shapes = {"a/kernel": (16, 12), "b/kernel": (12, 6)}
+    layers = {
+        path: budgets.Layer(shape, units=shape[0] * shape[1]) for path, shape in shapes.items()
+    }
+    budget = budgets.erk(layers, {}, 0.6)
+    _, masks = sparsegpt(dense, PARAMS, {}, X, budget)
+    for path, mask in masks.items():
+        assert int(mask.sum()) == int(budget[path].value())
     with pytest.raises(SetupError, match=r"sparsities for \['a/kernel'\].*Give one for each"):
         sparsegpt(dense, PARAMS, {}, X, {"a/kernel": 0.75})
+
+
+def test_batches_are_traced_once():
+    traces = []
+
+    def counted(*args):
+        traces.append(1)
+        return dense(*args)
+
+    sparsegpt(counted, PARAMS, {}, X[:1], 0.5, sequential=False)
+    once = len(traces)
+    traces.clear()
+    sparsegpt(counted, PARAMS, {}, iter(X * 4), 0.5, sequential=False)
+    assert len(traces) == once
 
 
 def test_arguments_that_cannot_be_meant():
