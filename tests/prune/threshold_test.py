@@ -142,6 +142,113 @@ def test_scores_that_are_no_floats_are_refused():
         largest({"layer/w": jnp.arange(3)}, 1)
 
 
+# Scores of any sign.
+
+
+@pytest.mark.parametrize(
+    ("scores", "keep", "wanted"),
+    [
+        ([-3.0, -1.0, -2.0], 1, "010"),
+        ([-3.0, -1.0, -2.0], 2, "011"),
+        ([-1.0, 2.0, 0.0, 1.0], 3, "0111"),
+        ([-0.0, 0.0, -0.0], 2, "110"),  # equal: the first
+        ([0.0, -0.0, -1.0], 1, "100"),
+        ([-1e-45, -0.0, -3e-45], 2, "110"),  # subnormal numbers are not flushed to 0
+        ([-np.inf, -1e38, np.inf], 2, "011"),
+        ([1.0, -np.nan, np.inf, np.nan], 1, "0100"),  # NaN of either sign stays to be seen
+        ([-np.inf, -np.inf], 0, "00"),
+        ([-np.inf, -np.inf], 2, "11"),
+    ],
+)
+def test_signed_by_hand(scores, keep, wanted):
+    mask = largest({"w": jnp.array(scores, jnp.float32)}, keep, signed=True)["w"]
+    assert "".join("01"[int(kept)] for kept in mask) == wanted
+
+
+SIGNED = [*VALUES, *(-value for value in VALUES)]
+SIGNED_ROWS = st.lists(
+    st.one_of(st.sampled_from(SIGNED), st.floats(-4, 4, width=32)), min_size=SIZE, max_size=SIZE
+)
+signed = jax.jit(lambda scores, keep: largest(scores, keep, signed=True))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@given(row=SIGNED_ROWS, data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_signed_scores_as_a_stable_sort(dtypes, row, data):
+    scores = build(row, dtypes)
+    keep = data.draw(st.integers(0, SIZE))
+    check_same(signed(scores, jnp.int32(keep)), reference(scores, keep))
+    each_keep = {p: data.draw(st.integers(0, int(np.prod(shape)))) for p, shape in SHAPES.items()}
+    wanted = {p: reference({p: scores[p]}, k)[p] for p, k in each_keep.items()}
+    check_same(signed(scores, {p: jnp.int32(k) for p, k in each_keep.items()}), wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_ordered_orders_as_the_floats(dtype):
+    values = np.array([-np.inf, -2.0, -1.5, -1e-7, 0.0, 1e-7, 1.5, 2.0, np.inf, np.nan])
+    [found], top = threshold.ordered({"w": jnp.asarray(values, dtype)}, signed=True)
+    assert np.all(np.diff(np.asarray(found, np.int64)) > 0)
+    assert int(found[-1]) < int(top)
+    if dtype == "float32":
+        np.testing.assert_array_equal(
+            threshold.unordered(found)[:-1], np.asarray(values[:-1], np.float32)
+        )
+        assert np.isnan(threshold.unordered(found)[-1])
+
+
+# Leaves that are spared.
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "keep", "wanted"),
+    [
+        ([5.0, 6.0, 7.0], [1.0, 3.0], 2, "001 01"),  # without sparing: 011 00
+        ([5.0, 6.0, 7.0], [1.0, 3.0], 3, "011 01"),
+        ([5.0, 6.0, 7.0], [1.0, 3.0], 5, "111 11"),
+        ([5.0, 7.0, 7.0], [1.0, 1.0], 2, "010 10"),  # ties in both
+        ([5.0, 7.0, 7.0], [1.0, 1.0], 3, "011 10"),
+        ([2.0, 2.0, 2.0], [2.0, 2.0], 2, "100 10"),  # the first 2 would both be in a
+        ([2.0, 2.0, 2.0], [2.0, 2.0], 3, "110 10"),
+        ([0.0, 0.0, 0.0], [0.0, 1.0], 3, "110 01"),
+        ([5.0, 6.0, 7.0], [1.0, 3.0], 0, "001 01"),  # at least one each
+    ],
+)
+@pytest.mark.parametrize("sign", [False, True])
+def test_spared_by_hand(a, b, keep, wanted, sign):
+    scores = {"a": jnp.array(a) - 4 * sign, "b": jnp.array(b) - 4 * sign}
+    masks = largest(scores, keep, signed=sign, spare=True)
+    assert " ".join("".join("01"[int(m)] for m in masks[p]) for p in "ab") == wanted
+
+
+spared = jax.jit(lambda scores, keep: largest(scores, keep, signed=True, spare=True))
+
+
+@given(row=SIGNED_ROWS, offset=st.sampled_from([0.0, 10.0]), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_spared_is_the_best_of_each_leaf_and_the_best_of_the_rest(row, offset, data):
+    scores = build(row, DTYPES["float32"])
+    scores["a"] = scores["a"] + np.float32(offset)
+    keep = data.draw(st.integers(len(SHAPES), SIZE))
+    first = {p: reference({p: x}, 1)[p] for p, x in scores.items()}
+    flat = np.concatenate([np.ravel(x).astype(np.float64) for x in scores.values()])
+    ahead = np.concatenate([np.ravel(x) for x in first.values()])
+    order = np.lexsort((np.arange(SIZE), -flat, ~ahead))
+    mask = np.zeros(SIZE, bool)
+    mask[order[:keep]] = True
+    wanted, start = {}, 0
+    for path, x in scores.items():
+        wanted[path] = mask[start : start + np.size(x)].reshape(np.shape(x))
+        start += np.size(x)
+    check_same(spared(scores, jnp.int32(keep)), wanted)
+
+
+def test_a_leaf_by_itself_keeps_what_it_is_told_spared_or_not():
+    scores = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])}
+    masks = largest(scores, {"a": 0, "b": 1}, spare=True)
+    check_same(masks, {"a": np.array([0, 0], bool), "b": np.array([1], bool)})
+
+
 # Sharded: over both axes of a mesh, each leaf in its own way.
 LARGE = {"a": (256, 512), "b": (3, 3, 64, 128), "c": (256, 64)}
 SPECS = {
@@ -159,12 +266,15 @@ def scores():
     return found
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("scope", ["layer", "global", "signed"])
 def test_on_8_devices_the_same_masks_and_nothing_is_gathered(scores, scope):
     mesh = jax.make_mesh((4, 2), ("data", "model"))
     size = sum(x.size for x in scores.values())
     keep = {p: x.size // 5 for p, x in scores.items()} if scope == "layer" else size // 3
-    run = jax.jit(lambda scores: largest(scores, keep))
+    anything = scope == "signed"
+    if anything:
+        scores = {path: x - np.float32(0.5) for path, x in scores.items()}
+    run = jax.jit(lambda scores: largest(scores, keep, signed=anything, spare=anything))
     sharded = {p: jax.device_put(x, NamedSharding(mesh, SPECS[p])) for p, x in scores.items()}
     compiled = run.lower(sharded).compile()
     masks = compiled(sharded)
