@@ -2,6 +2,7 @@
 layer, when, and by which algorithm."""
 
 from effjax.prune import budgets, counts, masks, oneshot, patterns, scores, threshold
+from effjax.prune.acdc import acdc
 from effjax.prune.alive import movement, ste
 from effjax.prune.compact import compact
 from effjax.prune.dynamic import rigl, set_, sparse_momentum, static
@@ -15,6 +16,7 @@ __all__ = [
     "Criterion",
     "Rule",
     "Scene",
+    "acdc",
     "block",
     "budgets",
     "channel",
