@@ -6,7 +6,7 @@ weight}, float32 (or wider), for the leaves that `select` chooses. The params ar
 follow from the scores as from any others.
 
     found = oneshot.snip(model.apply, loss, params, model_state, batches)
-    mask = patterns.unstructured().choose(found, lambda units: budget)
+    prune = ej.prune.static(0.9, scores=found, budget="global")
 
 Common arguments:
   apply: `(params, model_state, batch, key, train) -> (outputs, model_state)`; see `from_linen`.

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 
@@ -352,6 +353,34 @@ def test_a_linen_attention_projection_has_one_group_for_each_head_and_feature():
     ranked = oneshot.wanda(model.apply, params, {}, BATCHES)["kernel"]  # [4, 2, 3]
     wanted = np.broadcast_to(np.arange(1, 5)[:, None, None] / 4, (4, 2, 3))
     np.testing.assert_allclose(np.sort(ranked, 0), wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "f", [oneshot.snip, oneshot.grasp, oneshot.wanda], ids=lambda f: f.__name__
+)
+def test_scores_prune_a_training_run(f):
+    model = nets.raw()
+    params, state = model.init(jax.random.key(0), nets.BATCH)
+    objective = () if f is oneshot.wanda else (nets.loss,)
+    found = f(model.apply, *objective, params, state, [nets.BATCH])
+    budget = "uniform" if f is oneshot.wanda else "global"
+    transform = ej.chain(prune=ej.prune.static(0.75, scores=found, budget=budget))
+
+    tx, key = optax.adam(1e-2), jax.random.key(1)
+    train = ej.init_state(key, model, transform, tx, nets.BATCH, params=params, model_state=state)
+    step = jax.jit(ej.make_step(model.apply, transform, nets.loss, tx))
+    for _ in range(2):
+        train, metrics = step(train, nets.BATCH)
+
+    assert float(metrics["prune/sparsity"]) == 0.75
+    scores = np.concatenate([s.ravel() for s in found.values()])
+    weights = np.concatenate([leaves(train.vars.model)[path].ravel() for path in found])
+    if f is oneshot.wanda:
+        for path, kept in (("hidden/kernel", 16), ("head/kernel", 8)):
+            by_output = (leaves(train.vars.model)[path] != 0).sum(0)
+            np.testing.assert_array_equal(by_output, kept)
+    else:
+        assert scores[weights != 0].min() >= scores[weights == 0].max()
 
 
 def test_obd_of_softmax_regression_is_the_hessians():

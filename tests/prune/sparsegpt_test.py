@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 
@@ -295,6 +296,20 @@ def test_bfloat16_params_keep_their_dtype():
     assert int(masks["a/kernel"].sum()) == 96
     _, wanted = sparsegpt(dense, PARAMS, {}, X, 0.5, select="a/kernel")
     assert np.mean(np.asarray(masks["a/kernel"]) == np.asarray(wanted["a/kernel"])) > 0.95
+
+
+def test_training_goes_on_with_the_masks():
+    model = nets.raw()
+    params, state = model.init(jax.random.key(0), nets.BATCH)
+    new, masks = sparsegpt(model.apply, params, state, [nets.BATCH], n_m=(2, 4))
+    transform, tx = ej.chain(prune=ej.prune.static(masks=masks)), optax.adam(1e-2)
+    train = ej.init_state(
+        jax.random.key(1), model, transform, tx, nets.BATCH, params=new, model_state=state
+    )
+    train, metrics = jax.jit(ej.make_step(model.apply, transform, nets.loss, tx))(train, nets.BATCH)
+    assert float(metrics["prune/sparsity"]) == 0.5
+    for path, mask in masks.items():
+        np.testing.assert_array_equal(leaves(train.vars.model)[path] != 0, mask)
 
 
 def test_a_sparsity_for_each_leaf():
