@@ -106,8 +106,9 @@ def block(
 
     def lengths(path: str, shape: Shape) -> Shape:
         found = [1] * len(shape)
-        for axis, size in zip(axes, sizes, strict=True):
-            found[_axis(path, shape, axis, f"a block over axes {axes}")] = size
+        places = _axes(path, shape, axes, f"a block over axes {axes}")
+        for place, size in zip(places, sizes, strict=True):
+            found[place] = size
         return tuple(found)
 
     return _tiles(lengths, f"blocks of {' x '.join(map(str, sizes))}", pad)
@@ -146,8 +147,8 @@ def channel(axis: int | tuple[int, ...] = -1, size: int = 1, pad: bool = False) 
 
     def lengths(path: str, shape: Shape) -> Shape:
         found = list(shape)
-        for each in axes:
-            found[_axis(path, shape, each, f"channels along {axis}")] = 1
+        for place in _axes(path, shape, axes, f"channels along {axis}"):
+            found[place] = 1
         found[axes[-1]] = size
         return tuple(found)
 
@@ -183,7 +184,8 @@ def n_m(n: int, m: int, axis: int = -2, pad: bool = False) -> Pattern:
     what = f"{n}:{m} sparsity"
 
     def check(path: str, shape: Shape) -> None:
-        _check_divides(path, shape, _axis(path, shape, axis, what), m, what, pad)
+        [place] = _axes(path, shape, (axis,), what)
+        _check_divides(path, shape, place, m, what, pad)
 
     def choose(
         scores: Mapping[str, Array], budget_of: BudgetOf | None = None, signed: bool = False
@@ -294,21 +296,28 @@ def _at(axis: int, place: int) -> tuple[slice | int, ...]:
 
 def _expand(kept: Array, lengths: Shape, shape: Shape) -> Array:
     """Each tile's entry at all its places, [grid] -> [shape]."""
-    grid = kept.shape
-    split = kept.reshape([n for g in grid for n in (g, 1)])
-    full = jnp.broadcast_to(split, [n for pair in zip(grid, lengths, strict=True) for n in pair])
-    whole = full.reshape([g * length for g, length in zip(grid, lengths, strict=True)])
-    return whole[tuple(slice(n) for n in shape)]
+    # Axis by axis, as shardings follow a reshape that merges two axes and no more.
+    for axis, (g, length) in enumerate(zip(kept.shape, lengths, strict=True)):
+        if g > 1 and length > 1:
+            before, after = kept.shape[:axis], kept.shape[axis + 1 :]
+            split = jnp.broadcast_to(jnp.expand_dims(kept, axis + 1), (*before, g, length, *after))
+            kept = split.reshape(*before, g * length, *after)
+            kept = lax.slice_in_dim(kept, 0, shape[axis], axis=axis)
+    return jnp.broadcast_to(kept, shape)
 
 
-def _axis(path: str, shape: Shape, axis: int, what: str) -> int:
-    """The axis as a number from 0."""
-    if not -len(shape) <= axis < len(shape):
-        raise SetupError(
-            f"{path} has shape {shape}, which has no axis {axis} for {what}. Leave it out of the "
-            "selector, or name another axis."
-        )
-    return axis % len(shape)
+def _axes(path: str, shape: Shape, axes: tuple[int, ...], what: str) -> tuple[int, ...]:
+    """The axes as numbers from 0."""
+    for axis in axes:
+        if not -len(shape) <= axis < len(shape):
+            raise SetupError(
+                f"{path} has shape {shape}, which has no axis {axis} for {what}. Leave it out of "
+                "the selector, or name another axis."
+            )
+    found = tuple(axis % len(shape) for axis in axes)
+    if len(set(found)) < len(found):
+        raise SetupError(f"{path} has shape {shape}, in which {what} name an axis twice.")
+    return found
 
 
 def _check_divides(path: str, shape: Shape, axis: int, length: int, what: str, pad: bool) -> None:
