@@ -216,7 +216,7 @@ class _Walker:
         scope = str(eqn.source_info.name_stack)
         place = f" in {scope}" if scope else ""
         name = eqn.primitive.name
-        return f"{name} runs over it{place}: over fewer entries, a LayerNorm, softmax or mean differs"
+        return f"{name} runs over it{place} (LayerNorm, softmax, mean) and depends on its size"
 
     def window(self, eqn: jaxprs.Eqn, value: Value) -> Sequence[Axis]:
         p = eqn.params
