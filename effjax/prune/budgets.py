@@ -305,16 +305,6 @@ def _by_cost(
     return {path: Count(found.high[i], found.low[i]) for i, path in enumerate(paths)}
 
 
-def per_layer(sizes: Mapping[str, int], sparsity: Scalar) -> dict[str, Count]:
-    """The same sparsity in every layer: each keeps n - round(sparsity * n) of its n weights."""
-    return {path: keep(size, sparsity) for path, size in sizes.items()}
-
-
-def overall(sizes: Mapping[str, int], sparsity: Scalar) -> Count:
-    """One sparsity for all layers together, which are then pruned to different degrees."""
-    return keep(sum(sizes.values()), sparsity)
-
-
 def keep(size: int, sparsity: Scalar, least: int = 1) -> Count:
     """How many of `size` units are kept: size - round(sparsity * size), and at least `least`.
 

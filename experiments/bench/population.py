@@ -56,7 +56,9 @@ def builder(model: ej.Model) -> Callable[[Any], ej.Run]:
         return optax.softmax_cross_entropy_with_integer_labels(outputs, batch["label"]).mean()
 
     def build(hyper: Any) -> ej.Run:
-        transform = ej.chain(prune=ej.prune.magnitude(hyper["sparsity"], begin=100, end=1000, select="kernel$"))
+        transform = ej.chain(
+            prune=ej.prune.magnitude(hyper["sparsity"], begin=100, end=1000, select="kernel$")
+        )
         tx = optax.adam(hyper["lr"])
 
         def init(key, batch, frozen):

@@ -122,9 +122,9 @@ def thresholds(size: int, config: Config) -> list[dict[str, Any]]:
     for scope in ("one leaf", "global", "layer"):
         weights = matrix(size) if scope == "one leaf" else layers(size)
         sizes = {path: w.size for path, w in weights.items()}
-        keep: Any = int(budgets.overall(sizes, config.sparsity))
+        keep: Any = int(budgets.keep(sum(sizes.values()), config.sparsity))
         if scope == "layer":
-            keep = {p: int(k) for p, k in budgets.per_layer(sizes, config.sparsity).items()}
+            keep = {p: int(budgets.keep(n, config.sparsity)) for p, n in sizes.items()}
         calls = {}
         for name, method in METHODS.items():
             compiled = jax.jit(lambda w, method=method, keep=keep: method(w, keep))
@@ -173,8 +173,8 @@ def step_row(name: str, config: Config) -> dict[str, Any]:
     image = jax.random.normal(jax.random.key(0), shape)
     batch = {"image": image, "label": jnp.arange(shape[0]) % 10}
     # The masks move in step 0, which is not timed, and then not before step 10^6.
-    times = {"end": 10**6, "every": 10**6, "initial": config.sparsity}
-    gradual = ej.prune.magnitude(config.sparsity, **times, select="kernel$")
+    sparsity, late = config.sparsity, 10**6
+    gradual = ej.prune.magnitude(sparsity, end=late, every=late, initial=sparsity, select="kernel$")
     held = gradual._replace(update=_held, report=lambda vars, state, aux, ctx: {})
     calls: dict[str, Callable[[], Any]] = {
         "dense": _trainer(model, ej.chain(), None, batch),
@@ -266,9 +266,12 @@ def sharded(count: int, sparsity: float, size: int = 1_000_000) -> list[dict[str
     lying = {path: jax.device_put(w, _last_axis(mesh, w)) for path, w in weights.items()}
     shard = sum(w.addressable_shards[0].data.nbytes for w in lying.values())
     rows = []
-    for scope, budget in (("global", budgets.overall), ("layer", budgets.per_layer)):
-        sizes = {path: w.size for path, w in weights.items()}
-        keep: Any = budget(sizes, sparsity)
+    sizes = {path: w.size for path, w in weights.items()}
+    every: dict[str, Any] = {
+        "global": budgets.keep(sum(sizes.values()), sparsity),
+        "layer": {path: budgets.keep(size, sparsity) for path, size in sizes.items()},
+    }
+    for scope, keep in every.items():
         compiled = jax.jit(lambda w, keep=keep: by_bisection(w, keep)).lower(lying).compile()
         ours, alone = compiled(lying), jax.jit(lambda w, keep=keep: by_bisection(w, keep))(weights)
         jax.tree.map(np.testing.assert_array_equal, ours, alone)

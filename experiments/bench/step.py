@@ -22,7 +22,6 @@ import optax
 from jax import Array, lax
 
 import effjax as ej
-from effjax.prune import masks
 from effjax.prune.budgets import keep
 from effjax.prune.scores import magnitude
 from effjax.prune.threshold import largest

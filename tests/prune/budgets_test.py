@@ -48,12 +48,6 @@ def test_traced_sparsities_keep_what_written_ones_keep():
     ]
 
 
-def test_per_layer_and_overall():
-    sizes = {"a": 10, "b": 30}
-    assert {p: int(k) for p, k in budgets.per_layer(sizes, 0.8).items()} == {"a": 2, "b": 6}
-    assert int(budgets.overall(sizes, 0.8)) == 8
-
-
 def test_a_layer_that_would_be_emptied_is_refused():
     with pytest.raises(SetupError, match=r"head has 4 weights, and a sparsity of 0.9 would"):
         budgets.check_not_emptied({"body": 100, "head": 4}, 0.9)

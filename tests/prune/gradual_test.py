@@ -12,9 +12,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import effjax as ej
+import effjax.prune.gradual as gradual
 from effjax.core import Ctx, Vars
 from effjax.errors import ScheduleError, SelectorError, SetupError
-import effjax.prune.gradual as gradual
 from effjax.prune.patterns import n_m
 from effjax.select import KERNELS, leaves
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from effjax.errors import SelectorError
-from effjax.prune import budgets, masks, scores
+from effjax.prune import masks
 
 MASK = jnp.array([True, False, True])
 
@@ -45,13 +45,12 @@ def test_sparsity_and_kept():
     assert float(masks.sparsity(found)) == pytest.approx(2 / 3)
 
 
-def test_unstructured_keeps_the_largest_magnitudes():
-    weights = {"a": jnp.array([-3.0, 0.5, 1.0, -0.1]), "b": jnp.array([[4.0, -5.0], [0.2, 0.3]])}
-    sizes = {path: w.size for path, w in weights.items()}
-    found = {path: scores.magnitude(w) for path, w in weights.items()}
-    layer = masks.unstructured(found, budgets.per_layer(sizes, 0.75))
-    assert layer["a"].tolist() == [True, False, False, False]
-    assert layer["b"].tolist() == [[False, True], [False, False]]
-    together = masks.unstructured(found, budgets.overall(sizes, 0.75))
-    assert together["a"].tolist() == [False] * 4
-    assert together["b"].tolist() == [[True, True], [False, False]]
+def test_the_straight_through_view_hides_weights_and_not_their_gradients():
+    x, mask = jnp.arange(1.0, 5.0).reshape(2, 2), jnp.array([[True, False], [False, True]])
+    given = jnp.array([[10.0, 20.0], [30.0, 40.0]])
+    for everywhere, wanted in ((True, given), (False, jnp.where(mask, given, 0))):
+        seen, pull = jax.vjp(lambda x, e=everywhere: masks.straight_through(x, mask, e), x)
+        np.testing.assert_array_equal(seen, jnp.where(mask, x, 0))
+        np.testing.assert_array_equal(pull(given)[0], wanted)
+        traced = jax.jit(jax.grad(lambda x, e: jnp.sum(given * masks.straight_through(x, mask, e))))
+        np.testing.assert_array_equal(traced(x, jnp.bool_(everywhere)), wanted)
