@@ -119,7 +119,7 @@ def pruning(
         return choose
 
     def init(key: Array, params: PyTree, setup: Setup) -> tuple[PyTree, PyTree]:
-        chosen = _chosen(params, inner_kernels(params, setup) if select is None else select)
+        chosen = selected(params, setup, select)
         for path, leaf in chosen.items():
             pattern.check(path, leaf.shape)
         macs = _macs(params, setup, chosen) if allocation is budgets.macs else {}
@@ -238,9 +238,16 @@ def _pooled(pattern: Pattern, scores: Named) -> Named:
     return {path: pattern.pool(score) for path, score in scores.items()}
 
 
-def _chosen(params: PyTree, select: str | list[str]) -> Named:
-    """The leaves to be pruned, checked."""
+def selected(params: PyTree, setup: Setup, select: str | list[str] | None) -> Named:
+    """The leaves to be pruned, checked: those of a regular expression, those of a list of paths, or
+    every kernel but those of the model's two ends.
+
+    Raises:
+      SelectorError: nothing is selected.
+      SetupError: a leaf that is not floating point.
+    """
     named = leaves(params)
+    select = inner_kernels(params, setup) if select is None else select
     chosen = (
         select_leaves(params, select)
         if isinstance(select, str)
