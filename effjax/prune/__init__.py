@@ -4,6 +4,7 @@ layer, when, and by which algorithm."""
 from effjax.prune import budgets, counts, masks, oneshot, patterns, scores, threshold
 from effjax.prune.acdc import acdc
 from effjax.prune.alive import movement, ste
+from effjax.prune.block_sparse import BlockSparse
 from effjax.prune.compact import compact
 from effjax.prune.dynamic import rigl, set_, sparse_momentum, static
 from effjax.prune.engine import Rule, Scene, pruning
@@ -11,8 +12,10 @@ from effjax.prune.gradual import Criterion, custom, magnitude, random, saliency,
 from effjax.prune.grouping import channel_masks, group_masks, group_scores, groups
 from effjax.prune.patterns import block, channel, n_m, unstructured
 from effjax.prune.sparsegpt import sparsegpt
+from effjax.prune.sparsify import sparsify
 
 __all__ = [
+    "BlockSparse",
     "Criterion",
     "Rule",
     "Scene",
@@ -41,6 +44,7 @@ __all__ = [
     "set_",
     "sparse_momentum",
     "sparsegpt",
+    "sparsify",
     "static",
     "ste",
     "taylor",

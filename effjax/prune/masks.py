@@ -9,7 +9,8 @@ from jax import Array
 
 from effjax.errors import SelectorError
 from effjax.prune.counts import Count, count
-from effjax.select import leaves, replace
+from effjax.select import KERNELS, leaves, replace
+from effjax.select import select as select_leaves
 
 PyTree = Any
 Masks = Mapping[str, Array]
@@ -90,3 +91,21 @@ def sparsity(masks: Masks) -> Array:
     """
     size = Count.of(sum(mask.size for mask in masks.values()))
     return size.minus(kept(masks)).value() / size.value()
+
+
+def nonzero(params: PyTree, select: str = KERNELS) -> dict[str, Array]:
+    """The masks of what is not 0, for example of what learned sparsity or a lasso has exported.
+
+    Args:
+      params: any tree of arrays.
+      select: a regular expression for the params paths.
+
+    Raises:
+      SelectorError: nothing is selected.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> nonzero({"kernel": jnp.array([0.5, 0.0, -2.0])})["kernel"].tolist()
+      [True, False, True]
+    """
+    return {path: x != 0 for path, x in select_leaves(params, select).items()}
