@@ -1,9 +1,12 @@
-"""What pruning costs: exact thresholds against a sort, steps that move no mask, and devices.
+"""What pruning costs: thresholds against a sort, patterns, steps that move no mask, and devices.
 
-Three measurements. `thresholds`: masks of the largest magnitudes of one matrix, of ten layers by
+Four measurements. `thresholds`: masks of the largest magnitudes of one matrix, of ten layers by
 one global threshold, and of each of the ten by itself, by `prune.threshold.largest` against
 `jnp.sort` and `lax.top_k`, which may keep more where scores tie at the threshold; ours are checked
-against a stable NumPy sort. `steps`: train steps between two moves of the masks, against the same
+against a stable NumPy sort. `patterns`: N:M masks, and
+those of blocks and channels with their scores, against one read of the weights (their sum) and
+against the least that a mask costs (one read, one comparison, one write). `steps`: train steps
+between two moves of the masks, against the same
 masked training without anything that could move them ("held") and against dense training; states
 are donated, as in training. `devices`: the same update compiled for 8 virtual CPU devices.
 
@@ -14,6 +17,7 @@ Command: python -m experiments bench.prune
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -31,7 +35,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import effjax as ej
-from effjax.prune import budgets, masks, threshold
+from effjax.prune import budgets, masks, patterns, scores, threshold
 from experiments.harness.config import as_dict, check
 from experiments.harness.provenance import provenance, write_json
 from experiments.models import cnn, mlp
@@ -59,10 +63,11 @@ class Config:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Measures all three and writes `experiments/results/bench_prune_<platform>.json`."""
+    """Measures all four and writes `experiments/results/bench_prune_<platform>.json`."""
     result = {
         "config": as_dict(config),
         "thresholds": [row for size in config.sizes for row in thresholds(size, config)],
+        "patterns": [row for size in config.sizes for row in shapes(size, config)],
         "steps": [step_row(name, config) for name in networks()],
         "devices": devices(config),
         "provenance": provenance(config),
@@ -151,6 +156,59 @@ def _check_exact(found: Tree, weights: Tree, keep: Any) -> None:
         wanted[np.argsort(-flat, kind="stable")[:kept]] = True
         ours = np.concatenate([np.asarray(found[p]).ravel() for p in group])
         np.testing.assert_array_equal(ours, wanted)
+
+
+# Patterns.
+
+
+def shapes(size: int, config: Config) -> list[dict[str, Any]]:
+    """A row for each pattern: milliseconds, and how many reads of the weights that is."""
+    side = round(size**0.5 / 160) * 160
+    weight = matrix(side * side)["kernel"]
+    made = {
+        "2:4": patterns.n_m(2, 4),
+        "2:4 along the last axis": patterns.n_m(2, 4, axis=-1),
+        "1:4": patterns.n_m(1, 4),
+        "4:8": patterns.n_m(4, 8),
+        "block 4x4": patterns.block((4, 4)),
+        "block 32x32": patterns.block((32, 32)),
+        "channel": patterns.channel(),
+    }
+    total = jax.jit(jnp.sum)
+    compared = jax.jit(lambda w: jnp.abs(w) >= 1.0)
+    calls: dict[str, Callable[[], Any]] = {
+        "read": lambda: total(weight),
+        "comparison": lambda: compared(weight),
+    }
+    for name, pattern in made.items():
+        calls[name] = functools.partial(jax.jit(functools.partial(_mask, pattern, config)), weight)
+    found = ej.latency(calls, batch_size=1, samples=4 * config.samples)
+    rows = []
+    for name in made:
+        reads, comparisons = (found[name].median / found[n].median for n in ("read", "comparison"))
+        rows.append(
+            {
+                "weights": weight.size,
+                "pattern": name,
+                "ms": 1e3 * found[name].median,
+                "reads": reads,
+                "comparisons": comparisons,
+            }
+        )
+        print(
+            f"{weight.size:.1e} weights, {name}: {reads:.1f} reads, {comparisons:.1f} comparisons",
+            flush=True,
+        )
+    return rows
+
+
+def _mask(pattern: patterns.Pattern, config: Config, weight: Array) -> Array:
+    layer = {"": budgets.Layer(weight.shape, pattern.units(weight.shape))}
+
+    def allocate(units: Any) -> budgets.Budget:
+        return budgets.uniform(layer, units, config.sparsity)
+
+    return pattern.choose({"": scores.magnitude(weight)}, allocate)[""]
 
 
 # Steps that move no mask.
