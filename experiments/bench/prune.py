@@ -3,12 +3,11 @@
 Four measurements. `thresholds`: masks of the largest magnitudes of one matrix, of ten layers by
 one global threshold, and of each of the ten by itself, by `prune.threshold.largest` against
 `jnp.sort` and `lax.top_k`, which may keep more where scores tie at the threshold; ours are checked
-against a stable NumPy sort. `patterns`: N:M masks, and
-those of blocks and channels with their scores, against one read of the weights (their sum) and
-against the least that a mask costs (one read, one comparison, one write). `steps`: train steps
-between two moves of the masks, against the same
-masked training without anything that could move them ("held") and against dense training; states
-are donated, as in training. `devices`: the same update compiled for 8 virtual CPU devices.
+against a stable NumPy sort. `patterns`: N:M masks, and those of blocks and channels with their
+scores, against one read of the weights (their sum) and against the least that a mask costs (one
+read, one comparison, one write). `steps`: train steps between two moves of the masks, against the
+same masked training without anything that could move them ("held") and against dense training;
+states are donated, as in training. `devices`: the same update compiled for 8 virtual CPU devices.
 
 Expected: at 10^7 weights 20 times faster than a sort, on CPU; a step that moves no mask within 2%
 of the held one; between devices nothing but counts, and memory of a few shards.
