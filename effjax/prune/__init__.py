@@ -4,15 +4,19 @@ layer, when, and by which algorithm."""
 from effjax.prune import budgets, counts, masks, oneshot, patterns, scores, threshold
 from effjax.prune.acdc import acdc
 from effjax.prune.alive import movement, ste
+from effjax.prune.averages import ema
 from effjax.prune.block_sparse import BlockSparse
 from effjax.prune.compact import compact
 from effjax.prune.dynamic import rigl, set_, sparse_momentum, static
 from effjax.prune.engine import Rule, Scene, pruning
 from effjax.prune.gradual import Criterion, custom, magnitude, random, saliency, taylor
-from effjax.prune.grouping import channel_masks, group_masks, group_scores, groups
+from effjax.prune.grouping import groups
+from effjax.prune.lasso import group_lasso
+from effjax.prune.learned import hard_concrete, soft_threshold
 from effjax.prune.patterns import block, channel, n_m, unstructured
 from effjax.prune.sparsegpt import sparsegpt
 from effjax.prune.sparsify import sparsify
+from effjax.prune.structured import channel_masks, group_masks, group_scores
 
 __all__ = [
     "BlockSparse",
@@ -27,9 +31,12 @@ __all__ = [
     "compact",
     "counts",
     "custom",
+    "ema",
+    "group_lasso",
     "group_masks",
     "group_scores",
     "groups",
+    "hard_concrete",
     "magnitude",
     "masks",
     "movement",
@@ -42,6 +49,7 @@ __all__ = [
     "saliency",
     "scores",
     "set_",
+    "soft_threshold",
     "sparse_momentum",
     "sparsegpt",
     "sparsify",

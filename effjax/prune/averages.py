@@ -14,7 +14,7 @@ from effjax.select import select as select_leaves
 # back is, too. So a weight's being 0 says that its average has nothing to remember.
 
 
-def average(decay: Scalar | Schedule = 0.999, *, select: str = "") -> Transform:
+def ema(decay: Scalar | Schedule = 0.999, *, select: str = "") -> Transform:
     """An exponential moving average of the weights, used in evaluation and export.
 
     After each step, with w the weight, a its average and m the weight (mass) of what it averages:
@@ -53,7 +53,7 @@ def average(decay: Scalar | Schedule = 0.999, *, select: str = "") -> Transform:
 
     Example:
       >>> import effjax as ej
-      >>> both = ej.chain(prune=ej.prune.rigl(0.9, end=7500), average=ej.prune.average(0.999))
+      >>> both = ej.chain(prune=ej.prune.rigl(0.9, end=7500), average=ej.prune.ema(0.999))
 
     Reference: Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992;
     the bias correction is that of Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980.
@@ -90,11 +90,9 @@ def average(decay: Scalar | Schedule = 0.999, *, select: str = "") -> Transform:
         for path, a in state["average"].items():
             w = named[path].astype(jnp.float32)
             mass = masked(d * state["mass"][path] + (1.0 - d), w != 0)
-            # The first value is taken whole: 1 - d and m are then the same number.
-            share = jnp.where(
-                state["mass"][path] > 0, (1.0 - d) / jnp.where(w != 0, mass, 1.0), 1.0
-            )
-            averages[path] = masked(a + share * (w - a), w != 0)
+            moved = a + (1.0 - d) / jnp.where(w != 0, mass, 1.0) * (w - a)
+            # The first value is taken as it is: 1 - d and m are then the same number.
+            averages[path] = masked(jnp.where(state["mass"][path] > 0, moved, w), w != 0)
             masses[path] = mass
         return vars, opt, {"average": averages, "mass": masses}
 
