@@ -13,6 +13,7 @@ from effjax.prune.gradual import Criterion, custom, magnitude, random, saliency,
 from effjax.prune.grouping import groups
 from effjax.prune.lasso import group_lasso
 from effjax.prune.learned import hard_concrete, soft_threshold
+from effjax.prune.lottery import Lottery, Ticket
 from effjax.prune.patterns import block, channel, n_m, unstructured
 from effjax.prune.sparsegpt import sparsegpt
 from effjax.prune.sparsify import sparsify
@@ -21,8 +22,10 @@ from effjax.prune.structured import channel_masks, group_masks, group_scores
 __all__ = [
     "BlockSparse",
     "Criterion",
+    "Lottery",
     "Rule",
     "Scene",
+    "Ticket",
     "acdc",
     "block",
     "budgets",

@@ -14,7 +14,7 @@ from effjax.prune import masks as mask_trees
 from effjax.prune.constants import terms
 from effjax.prune.dependencies import STATE, Dependencies, trace
 from effjax.prune.grouping import Group, Groups, apply_of, find_groups
-from effjax.select import leaves, map_named
+from effjax.select import leaves, map_named, map_owned
 from effjax.sites import find_sites
 
 
@@ -47,6 +47,15 @@ class Compact(NamedTuple):
     entries: dict[str, tuple[np.ndarray, ...]]
     macs_before: int
     macs_after: int
+
+    def cut(self, tree: PyTree, params: PyTree) -> PyTree:
+        """The same cut of what belongs to the params: an average of them, an optimizer's moments.
+
+        Args:
+          tree: leaves are recognised by path and shape, see `select.owners`; others are kept.
+          params: those before the cut.
+        """
+        return map_owned(_take, tree, params, self.entries)
 
     def __str__(self) -> str:
         lines = [f"MACs {self.macs_before:,} -> {self.macs_after:,}"]
@@ -110,7 +119,6 @@ def compact(
     found = find_groups(deps)
     values = [*jax.tree.leaves(params), *jax.tree.leaves(model_state)]
     removed, blocked = _removed(deps, found, values)
-    _keep_one(deps, removed)
     keep = {
         path: tuple(np.flatnonzero(_stays(deps, removed, axis)) for axis in axes)
         for path, axes in deps.leaves.items()
@@ -171,17 +179,22 @@ def _removed(
                         blocked.setdefault(int(unit), set()).add(product.where)
         new = movable.copy()
         new[[u for u in blocked if u >= 0]] = False
-        if (new == removed).all():
+        if first := _first_of_emptied(deps, new):  # these stay, and all the rest is asked anew
+            movable[first] = False
+            new[:] = False
+        elif (new == removed).all():
             return removed, blocked
         removed = new
 
 
-def _keep_one(deps: Dependencies, removed: np.ndarray) -> None:
-    """A layer cannot be empty: its first channel comes back."""
+def _first_of_emptied(deps: Dependencies, removed: np.ndarray) -> list[int]:
+    """Units of the first entry of axes of which nothing would be left: a layer cannot be empty."""
+    found: set[int] = set()
     for axes in deps.leaves.values():
         for axis in axes:
             if len(axis) and not _stays(deps, removed, axis).any():
-                removed[deps.units.resolved(axis)[0]] = False
+                found.update(deps.units.resolved(axis)[0].tolist())
+    return sorted(found)
 
 
 def _stays(deps: Dependencies, removed: np.ndarray, axis: np.ndarray) -> np.ndarray:

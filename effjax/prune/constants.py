@@ -15,14 +15,8 @@ from jax import Array, lax
 
 from effjax import jaxprs
 from effjax.prune.channels import Axis
-from effjax.prune.dependencies import (
-    ELEMENTWISE,
-    REDUCTIONS,
-    WINDOWS,
-    Dependencies,
-    Product,
-    entered,
-)
+from effjax.prune.dependencies import Dependencies, Product, entered
+from effjax.prune.layout import ELEMENTWISE, REDUCTIONS, WINDOWS
 
 _MOVES = "broadcast_in_dim concatenate expand_dims pad reshape rev slice squeeze transpose"
 MOVES = frozenset(_MOVES.split())

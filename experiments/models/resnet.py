@@ -140,8 +140,8 @@ class LinenBlock(nn.Module):
             return nn.BatchNorm(not train, momentum=self.momentum, name=name)
 
         def conv(features: int, size: int, stride: int, name: str) -> nn.Conv:
-            window = (size, size)
-            return nn.Conv(features, window, stride, use_bias=False, name=name)
+            window, strides = (size, size), (stride, stride)
+            return nn.Conv(features, window, strides, use_bias=False, name=name)
 
         y = nn.relu(norm("norm_0")(conv(plan.inner, 3, plan.stride, "conv_0")(x)))
         y = norm("norm_1")(conv(plan.out, 3, 1, "conv_1")(y))
@@ -170,8 +170,8 @@ class NNXBlock(nnx.Module):
 
     def __init__(self, plan: Plan, momentum: float, *, rngs: nnx.Rngs):
         def conv(features: int, out: int, size: int, stride: int) -> nnx.Conv:
-            window = (size, size)
-            return nnx.Conv(features, out, window, stride, use_bias=False, rngs=rngs)
+            window, strides = (size, size), (stride, stride)
+            return nnx.Conv(features, out, window, strides, use_bias=False, rngs=rngs)
 
         self.plan = plan
         self.conv_0 = conv(plan.features, plan.inner, 3, plan.stride)

@@ -1,11 +1,11 @@
 """Physical removal: equal outputs, MACs by hand, and what has to stay, with the reason."""
 
-import dataclasses
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,7 +97,7 @@ def test_cnn_with_batchnorm_after_relu_flattened(library):
     model, params, state, batch = zoo(cnn, spec, library, (4, 8, 8, 1))
     chosen = halved(model, params, state, batch)
     small = compact(model, params, state, one(batch), chosen)
-    smaller = dataclasses.replace(spec, stages=(2, 4), hidden=8)
+    smaller = cnn.narrowed(spec, (2, 4, 8))
     check_same(small, model, params, state, batch, chosen, cnn.model(smaller, library))
     # 9 taps at 64 pixels, then at 16 after one pool; 4 pixels of the last stage are flattened.
     assert small.macs_before == 9 * 64 * (4 + 16) + 9 * 16 * (32 + 64) + 32 * 16 + 16 * 3
@@ -528,3 +528,59 @@ def test_random_small_cnns(widths, kind, flat, seed, sparsity):
     }
     assert {n: len(small.groups[n].channels) for n in left} == left
     assert small.macs_after == macs(model.apply, small.params, {}, one(batch))
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 999), density=st.sampled_from([0.2, 0.5, 0.8]))
+def test_zeros_anywhere(seed, density):
+    """Whole slices of zeros on any axis of any leaf: what is removed never mattered."""
+    shapes = {"a": (3, 3, 2, 4), "b": (4,), "c": (3, 3, 4, 4), "d": (4,), "e": (36, 3), "f": (3, 3)}
+    rng = np.random.default_rng(seed)
+    params = {}
+    for name, leaf in normal(shapes, seed).items():
+        for axis, n in enumerate(leaf.shape):
+            if n > 2 and rng.random() < 0.7:
+                keep = rng.random(n) < density
+                leaf = leaf * keep.reshape([-1 if i == axis else 1 for i in range(leaf.ndim)])
+        params[name] = leaf
+
+    def f(p, x):
+        x = jax.nn.relu(conv(x, p["a"]) + p["b"])
+        x = jax.nn.relu(x + conv(x, p["c"]) - p["d"])
+        return (
+            jax.nn.relu(conv(x, p["c"] * 0 + p["c"], stride=2).reshape(len(x), -1) @ p["e"])
+            @ p["f"]
+        )
+
+    model = plain(f)
+    small = compact(model, params, {}, one(IMAGE))
+    want = outputs(model.apply, params, {}, IMAGE)
+    got = outputs(model.apply, small.params, {}, IMAGE)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_channel_that_stays_alone_keeps_what_it_is_made_of():
+    """b's only channel is clipped to 0 by what a constant brings to it, so that must stay too."""
+
+    def f(p, x):
+        x = jax.nn.relu(x[:, 0, 0] @ p["a"] + p["one"])
+        return jax.nn.relu(x @ p["b"] + p["three"]) @ p["c"] + p["d"]
+
+    params = {"a": jnp.zeros((2, 2)), "one": jnp.ones(2), "b": jnp.full((2, 2), -2.0)}
+    params |= {"three": jnp.full(2, 3.0), "c": jnp.ones((2, 3)), "d": jnp.arange(3.0)}
+    small = compact(plain(f), params, {}, one(IMAGE))
+    assert small.params["b"].shape == (2, 1)
+    np.testing.assert_array_equal(f(small.params, IMAGE["x"]), f(params, IMAGE["x"]))
+
+
+def test_moments_and_averages_are_cut_alike():
+    params = normal({"a": (2, 4), "c": (4, 3)})
+    model = plain(lambda p, x: jnp.tanh(x[:, 0, 0] @ p["a"]) @ p["c"])
+    found = groups(model, params, {}, one(IMAGE))
+    small = compact(model, params, {}, one(IMAGE), group_masks(found, {"a": [1, 4, 2, 3]}, 0.5))
+    opt = optax.adam(0.1).init(params)
+    moved = small.cut(opt, params)
+    assert jax.tree.map(jnp.shape, moved) == jax.tree.map(
+        jnp.shape, optax.adam(0.1).init(small.params)
+    )
+    np.testing.assert_array_equal(small.cut(params, params)["c"], params["c"][jnp.array([1, 3])])
