@@ -9,6 +9,7 @@ from effjax.prune.block_sparse import BlockSparse
 from effjax.prune.compact import compact
 from effjax.prune.dynamic import rigl, set_, sparse_momentum, static
 from effjax.prune.engine import Rule, Scene, pruning
+from effjax.prune.flops import Flops, flops
 from effjax.prune.gradual import Criterion, custom, magnitude, random, saliency, taylor
 from effjax.prune.grouping import groups
 from effjax.prune.lasso import group_lasso
@@ -22,6 +23,7 @@ from effjax.prune.structured import channel_masks, group_masks, group_scores
 __all__ = [
     "BlockSparse",
     "Criterion",
+    "Flops",
     "Lottery",
     "Rule",
     "Scene",
@@ -35,6 +37,7 @@ __all__ = [
     "counts",
     "custom",
     "ema",
+    "flops",
     "group_lasso",
     "group_masks",
     "group_scores",
