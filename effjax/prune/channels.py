@@ -26,6 +26,7 @@ class Units:
         self.reasons: dict[int, set[str]] = {}  # why a root stays
         self.constant: dict[str, int] = {}  # a unit for each reason, never united with others
         self.is_constant: set[int] = set()
+        self.factors: dict[int, list[Axis]] = {}  # by family: all factors of the axis it came from
 
     def new(self, size: int) -> Axis:
         """An axis of new units."""
@@ -72,6 +73,14 @@ class Units:
         for unit in np.unique(axis):
             for root in self.atoms([unit]):
                 self._pin(root, {reason})
+
+    def pin_whole(self, axis: Axis, reason: str) -> None:
+        """All entries of the axis stay, and all of the axis that it was cut out of."""
+        self.pin(axis, reason)
+        roots = frozenset().union(*(self.atoms([unit]) for unit in np.unique(axis)))
+        for family in {self.family[root] for root in roots}:
+            for factor in self.factors.get(family, ()):
+                self.pin(factor, reason)
 
     def _pin(self, root: int, reasons: set[str]) -> None:
         if root not in self.is_constant:
@@ -175,6 +184,7 @@ class Units:
                 self._equate([unit], [factors[i][at[i], 0] for i in factors])
             for i, factor in factors.items():
                 parts[i].append(factor[:, 0])
+                self.factors[self.family[factor[0, 0]]] = list(factors.values())
         return [
             np.stack(part, axis=1) if part else self.kept(n, whole)
             for part, n in zip(parts, sizes, strict=True)

@@ -134,7 +134,7 @@ def compact(
     accounts = {}
     for name, group in found.items():
         stays = np.flatnonzero(~removed[group.units])
-        accounts[name] = Kept(group.size, stays, _stuck(group, stays, named, blocked))
+        accounts[name] = Kept(group.size, stays, _stuck(group, stays, named, keep, blocked))
     return Compact(
         cut("", params),
         cut(STATE, model_state),
@@ -221,26 +221,37 @@ def _macs(deps: Dependencies, removed: np.ndarray, product: Any) -> int:
 
 
 def _stuck(
-    group: Group, stays: np.ndarray, named: Mapping[str, Any], blocked: Mapping[int, set[str]]
+    group: Group,
+    stays: np.ndarray,
+    named: Mapping[str, Any],
+    keep: Mapping[str, tuple[np.ndarray, ...]],
+    blocked: Mapping[int, set[str]],
 ) -> dict[str, np.ndarray]:
     """Channels that some kernel makes from zeros alone and that are still there, by reason."""
-    makers: dict[str, np.ndarray] = {}
+    alive: dict[str, np.ndarray] = {}  # channels, by the kernel that makes them
+    parts: dict[str, np.ndarray] = {}  # channels of which some entries are zeros and yet left
     for m in group.members:
-        if "out" in m.roles and not m.state:
-            w = np.asarray(named[m.path])
-            alive = (w != 0).any(axis=tuple(i for i in range(w.ndim) if i != m.axis))
-            own = np.zeros(group.size, bool)
-            np.logical_or.at(own, m.channels[m.channels >= 0], alive[m.channels >= 0])
-            makers[m.path] = own
-    found: dict[str, list[int]] = {}
-    for channel in stays.tolist():
-        zero = [path for path, own in makers.items() if not own[channel]]
-        if not zero:
+        if "out" not in m.roles or m.state:
             continue
-        others = [path for path in makers if path not in zero]
+        w = np.asarray(named[m.path])
+        nonzero = (w != 0).any(axis=tuple(i for i in range(w.ndim) if i != m.axis))
+        left = np.zeros(m.size, bool)
+        left[keep[m.path][m.axis]] = True
+        for found, entries in ((alive, nonzero), (parts, left & ~nonzero)):
+            own = found.setdefault(m.path, np.zeros(group.size, bool))
+            own[m.channels[(m.channels >= 0) & entries]] = True
+    reasons: dict[str, list[int]] = {}
+    for channel in stays.tolist():
+        zero = [path for path, own in alive.items() if not own[channel]]
+        partly = [path for path, own in parts.items() if own[channel]]
+        others = [path for path in alive if path not in zero]
         where = ", ".join(sorted(blocked.get(int(group.units[channel]), ())))
+        if not zero and not partly:
+            continue
         if group.pinned:
             why = "; ".join(group.pinned)
+        elif not zero:
+            why = f"only some of the entries that go together are zero in {', '.join(partly)}"
         elif others:
             why = f"other kernels of the group keep them: {', '.join(others)}"
         elif where:
@@ -250,5 +261,5 @@ def _stuck(
             )
         else:
             why = "a layer keeps at least one channel"
-        found.setdefault(why, []).append(channel)
-    return {why: np.array(channels) for why, channels in found.items()}
+        reasons.setdefault(why, []).append(channel)
+    return {why: np.array(channels) for why, channels in reasons.items()}

@@ -96,7 +96,8 @@ class Layout:
 
     def reduction(self, eqn: jaxprs.Eqn, value: Value) -> Sequence[Axis]:
         for i in eqn.params["axes"]:
-            self.units.pin(value.axes[i], self.reduced(eqn))
+            # Normalization in groups: whole groups could go, but then their number is another one.
+            self.units.pin_whole(value.axes[i], self.reduced(eqn))
         return [a for i, a in enumerate(value.axes) if i not in eqn.params["axes"]]
 
     def reduced(self, eqn: jaxprs.Eqn) -> str:
