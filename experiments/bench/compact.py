@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 class Config:
     """What is timed: ResNet-20 with its widths multiplied by each of `widths`."""
 
-    widths: tuple[int, ...] = (1, 4)
+    widths: tuple[int, ...] = (1, 2, 4)
     sparsity: float = 0.5
     batches: tuple[int, ...] = (32, 1)
     samples: int = 15

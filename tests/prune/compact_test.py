@@ -151,6 +151,30 @@ def test_heads_and_hidden_units_of_a_transformer(library):
         vit.compacted(spec, narrow.params)
 
 
+def test_train_with_the_masks_then_compact_what_is_exported():
+    """The user's way: groups, masks, training with static masks, removal without masks."""
+    spec = cnn.Spec(size=8, channels=1, classes=3, stages=(4,), hidden=8, momentum=0.5)
+    model = cnn.model(spec)
+    batch = {"image": np.random.default_rng(7).normal(size=(8, 8, 8, 1)).astype(np.float32)}
+    batch["label"] = np.arange(8) % 3
+    params, model_state = jax.jit(model.init)(KEY, batch)
+    found = groups(model, params, model_state, one(batch))
+    chosen = group_masks(found, group_scores(found.prunable, params), 0.5)
+    transform, tx = ej.chain(prune=ej.prune.static(masks=chosen)), optax.adam(0.01)
+
+    def loss(outputs, batch):
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, batch["label"]).mean()
+
+    state = ej.init_state(KEY, model, transform, tx, batch)
+    step = jax.jit(ej.make_step(model.apply, transform, loss, tx))
+    for _ in range(3):
+        state, _ = step(state, batch)
+    shipped = ej.export(transform, state)
+    small = compact(model, shipped, state.model_state, one(batch))
+    smaller = cnn.model(cnn.narrowed(spec, (2, 4)))
+    check_same(small, model, shipped, state.model_state, batch, {}, smaller)
+
+
 # Operations, in plain JAX.
 
 
