@@ -1,9 +1,12 @@
 """From results to what a paper shows: tables, Pareto fronts, figures, one HTML page."""
 
+from effjax.report.canvas import save
+from effjax.report.curves import curves_plot
+from effjax.report.files import whole, write_text
 from effjax.report.footer import footer
 from effjax.report.html import Section, image, page
 from effjax.report.pareto import pareto_front
-from effjax.report.plots import curves_plot, pareto_plot, save
+from effjax.report.scatter import pareto_plot
 from effjax.report.statistics import (
     Interval,
     Welch,
@@ -35,5 +38,7 @@ __all__ = [
     "save",
     "summarise",
     "welch",
+    "whole",
     "worst_corner",
+    "write_text",
 ]

@@ -108,14 +108,16 @@ def test_curves_show_mean_and_band_and_keep_their_names_apart():
 
 def test_files_are_reproducible_and_carry_their_provenance(tmp_path):
     figure = pareto_plot(table(), "kb", "acc", title="Size", provenance=PROVENANCE)
-    png, svg = save(figure, tmp_path / "plots" / "pareto.v1", PROVENANCE)
-    assert (png.name, svg.name) == ("pareto.v1.png", "pareto.v1.svg")
-    before = png.read_bytes(), svg.read_bytes()
+    png, svg, pdf = save(figure, tmp_path / "plots" / "pareto.v1", PROVENANCE)
+    assert [p.name for p in (png, svg, pdf)] == [f"pareto.v1.{s}" for s in ("png", "svg", "pdf")]
+    before = png.read_bytes(), svg.read_bytes(), pdf.read_bytes()
     assert b"commit ab12cd" in before[0]
     assert b"commit ab12cd" in before[1]
     again = pareto_plot(table(), "kb", "acc", title="Size", provenance=PROVENANCE)
     save(again, tmp_path / "plots" / "pareto.v1", PROVENANCE)
-    assert (png.read_bytes(), svg.read_bytes()) == before
+    assert (png.read_bytes(), svg.read_bytes(), pdf.read_bytes()) == before
+    assert b"/FontFile2" in before[2]  # TrueType, embedded
+    assert b"/Type3" not in before[2]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -117,12 +117,11 @@ def test_pairing_removes_what_seeds_have_in_common():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.floats(-5, 5), min_size=2, max_size=8),
-    st.lists(st.floats(-5, 5), min_size=2, max_size=8),
+    st.lists(st.integers(-50, 50), min_size=2, max_size=8),
+    st.lists(st.integers(-50, 50), min_size=2, max_size=8),
 )
 def test_welch_is_scipys(a, b):
-    if np.std(a) + np.std(b) < 1e-3:
-        return
+    assume(np.std(a) > 0 and np.std(b) > 0)  # scipy warns
     found, theirs = welch(a, b), stats.ttest_ind(a, b, equal_var=False)
     assert (found.t, found.df, found.p) == pytest.approx(
         (theirs.statistic, theirs.df, theirs.pvalue), rel=1e-9, abs=1e-12

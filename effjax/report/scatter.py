@@ -1,17 +1,25 @@
-"""Figures of a paper, as PNG and SVG: the Pareto plot, with error bars and labels that stay clear
-of each other, and training curves. matplotlib is imported when a figure is made."""
+"""Quality against cost: every method a labelled point with error bars, and the Pareto front."""
 
 import itertools
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from effjax.errors import ReportError
-from effjax.report.footer import flatten, footer
-from effjax.report.labels import Box, place, spread
+from effjax.report.canvas import (
+    COLOURS,
+    COLUMN_INCHES,
+    GREY,
+    INK,
+    MARKERS,
+    freeze,
+    new_figure,
+    set_footer,
+    set_title,
+    style,
+)
+from effjax.report.labels import Box, place
 from effjax.report.pareto import pareto_front
 from effjax.report.tables import Cell, Column, Table
 
@@ -19,36 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito, "Color Universal Design", 2008: distinct for every common kind of colour vision.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
-COLUMN_INCHES = 3.5  # one column of a two-column paper
 LOG_FROM = 10.0  # a positive axis that spans more than this factor is logarithmic
-INK, GREY, PALE = "#222222", "#8a8a8a", "#e8e8e8"
-STYLE = {
-    "font.size": 7.5,
-    "axes.labelsize": 8,
-    "axes.titlesize": 8.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": PALE,
-    "grid.linewidth": 0.5,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "svg.hashsalt": "effjax",  # the same figure is the same file
-}
 
 
 def pareto_plot(
@@ -85,8 +64,8 @@ def pareto_plot(
     points = [(cells[n, x], cells[n, y]) for n in names]
     larger = (across.best == "max", up.best == "max")
     front = pareto_front([(a.mean, b.mean) for a, b in points], larger)
-    with _style():
-        figure, axes = _figure(width, 0.74 * width + 0.3)
+    with style():
+        figure, axes = new_figure(width, 0.74 * width + 0.3)
         _axis(axes, "x", [a for a, _ in points], across)
         _axis(axes, "y", [b for _, b in points], up)
         outline = _staircase(axes, [(points[i][0].mean, points[i][1].mean) for i in front], larger)
@@ -108,101 +87,11 @@ def pareto_plot(
                 capsize=1.8,
                 zorder=4 if stressed else 3,
             )
-        _title(axes, title)
+        set_title(axes, title)
         _corner(axes, larger)
-        _footer(figure, provenance)
+        set_footer(figure, provenance)
         _label_points(figure, axes, names, points, highlight, outline)
     return figure
-
-
-def curves_plot(
-    series: Mapping[str, tuple[Sequence[float], Any]],
-    x: str,
-    y: str,
-    *,
-    title: str = "",
-    scale: float = 1.0,
-    bottom: float | None = None,
-    width: float = COLUMN_INCHES,
-    provenance: Mapping[str, Any] | None = None,
-) -> "Figure":
-    """Training curves: the mean over seeds as a line and one standard deviation as a band.
-
-    Args:
-      series: {name: (steps [n], values [n] or [seeds, n])}; each line is named at its right end.
-      x: label across.
-      y: label up.
-      scale: multiplies the values.
-      bottom: where the axis begins; by default it holds every value.
-
-    Raises:
-      ReportError: no series, or shapes that do not fit.
-    """
-    if not series:
-        raise ReportError("there are no curves to draw.")
-    with _style():
-        figure, axes = _figure(width, 0.74 * width + 0.3)
-        ends = []
-        for i, (name, (steps, values)) in enumerate(series.items()):
-            runs = np.atleast_2d(np.asarray(values, np.float64)) * scale
-            if runs.shape[1] != len(steps) or not len(steps):
-                raise ReportError(
-                    f"the curve {name!r} has values of shape {runs.shape} for {len(steps)} steps; "
-                    "give [seeds, steps]."
-                )
-            colour, mean = COLOURS[i % len(COLOURS)], runs.mean(axis=0)
-            # Lines that lie on each other are told apart by their dashes as well.
-            style = "-" if i < len(COLOURS) else "--"
-            axes.plot(steps, mean, color=colour, linewidth=1.2, linestyle=style, zorder=3)
-            if len(runs) > 1:
-                std = runs.std(axis=0, ddof=1)
-                low, high = mean - std, mean + std
-                axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-            ends.append((name, colour, float(steps[-1]), float(mean[-1])))
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
-        axes.set_ylim(bottom=bottom)
-        _title(axes, title)
-        _footer(figure, provenance)
-        _label_ends(figure, axes, ends)
-    return figure
-
-
-def save(figure: "Figure", stem: str | Path, provenance: Mapping[str, Any] | None = None) -> list:
-    """Writes `stem`.png (300 dpi) and `stem`.svg, with the provenance in their metadata, and
-    returns both paths. Two calls write the same bytes."""
-    stem = Path(stem)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]
-    described = {"Description": footer(provenance)}
-    with _style():
-        figure.savefig(paths[0], dpi=300, metadata=described)
-        figure.savefig(paths[1], metadata={**described, "Date": None})
-    return paths
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ReportError(
-            "figures need matplotlib, which is not installed: pip install 'effjax[experiments]'."
-        ) from error
-    return matplotlib
-
-
-def _style() -> Any:
-    return _matplotlib().rc_context(STYLE)
-
-
-def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
-    """A figure of its own, outside pyplot: no global state, no display, nothing to close."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
 
 
 def _column(table: Table, key: str) -> Column:
@@ -271,11 +160,6 @@ def _covered(axes: "Axes", points: Sequence[tuple[Cell, Cell]], index: int) -> i
     return min(2, int(near.sum()))
 
 
-def _title(axes: "Axes", title: str) -> None:
-    if title:
-        axes.set_title(title)
-
-
 def _corner(axes: "Axes", larger: tuple[bool, bool]) -> None:
     """Says which corner is the better one."""
     x, y = (0.985 if larger[0] else 0.015), (0.98 if larger[1] else 0.02)
@@ -283,22 +167,6 @@ def _corner(axes: "Axes", larger: tuple[bool, bool]) -> None:
     text = f"better {arrow}" if larger[0] else f"{arrow} better"
     found = axes.text(x, y, text, transform=axes.transAxes, color=GREY, fontsize=6.5)
     found.set(ha="right" if larger[0] else "left", va="top" if larger[1] else "bottom")
-
-
-def _footer(figure: "Figure", provenance: Mapping[str, Any] | None) -> None:
-    if provenance and flatten(provenance):
-        line = footer(provenance)
-        characters = int(figure.get_size_inches()[0] * 38)
-        wrapped = "\n".join(textwrap.wrap(line, characters))
-        figure.supxlabel(wrapped, x=0.01, ha="left", fontsize=4.5, color=GREY)
-
-
-def _freeze(figure: "Figure") -> Callable[[Any], Box]:
-    """Lays the figure out for good, and returns what measures an artist in pixels."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    return lambda artist: Box(*artist.get_window_extent(renderer).extents)
 
 
 def _label_points(
@@ -314,7 +182,7 @@ def _label_points(
         axes.text(a.mean, b.mean, name, color=INK, fontweight=weight, fontsize=7, zorder=5)
         for name, weight, (a, b) in zip(names, weights, points, strict=True)
     ]
-    measure = _freeze(figure)
+    measure = freeze(figure)
     to_pixels, from_pixels = axes.transData, axes.transData.inverted()
     anchors, obstacles = [], [measure(t) for t in axes.texts if t not in texts]
     for a, b in points:
@@ -342,27 +210,3 @@ def _label_points(
         if np.hypot(*(nearest - (x, y))) > 12:
             (x0, y0), (x1, y1) = from_pixels.transform(nearest), from_pixels.transform((x, y))
             axes.plot([x0, x1], [y0, y1], color=GREY, linewidth=0.5, zorder=2.5)
-
-
-def _label_ends(
-    figure: "Figure", axes: "Axes", ends: Sequence[tuple[str, str, float, float]]
-) -> None:
-    """Names the lines at their right ends, apart from each other, each tied to its line."""
-    # As texts of the axes from the start, so that the layout leaves them room at the right.
-    indent, middle = "   ", sum(axes.get_ylim()) / 2
-    texts = [
-        axes.text(x, middle, indent + name, color=INK, fontsize=6.5, va="center", clip_on=False)
-        for name, _, x, _ in ends
-    ]
-    measure = _freeze(figure)
-    height = max(box.top - box.bottom for box in map(measure, texts))
-    bounds = axes.get_window_extent()
-    pixels = [axes.transData.transform((x, y)) for _, _, x, y in ends]
-    limits = (bounds.y0 + height / 2, bounds.y1 - height / 2)
-    centres = spread([float(y) for _, y in pixels], height, *limits)
-    back = axes.transData.inverted()
-    right = max(x for x, _ in pixels)
-    for text, (_, colour, _, _), (x, y), centre in zip(texts, ends, pixels, centres, strict=True):
-        text.set_position(tuple(back.transform((right, centre))))
-        elbow = back.transform([(x, y), (right + 4, centre), (right + 8, centre)])
-        axes.plot(*elbow.T, color=colour, linewidth=0.9, clip_on=False, zorder=2)
