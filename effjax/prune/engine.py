@@ -5,6 +5,7 @@ for all of them: when the masks move, how many weights stay, what gradient the w
 pruned weights and their moments are zero after every step.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -192,7 +193,7 @@ def pruning(
         update=update,
         export=export,
         report=report,
-        describe=describe,
+        describe=functools.partial(describe, pattern=pattern.name),
         kind="mask" if rule.alive else "prune",
     )
 
@@ -269,8 +270,11 @@ def _measured(mask: Named) -> dict[str, Array]:
     return {"sparsity": masks.sparsity(mask), "sparsest": jnp.max(jnp.stack(layers))}
 
 
-def describe(params: PyTree, extra: PyTree, state: PyTree) -> dict[str, dict[str, Any]]:
-    """The fraction of zeros of each masked leaf."""
+def describe(
+    params: PyTree, extra: PyTree, state: PyTree, pattern: str = ""
+) -> dict[str, dict[str, Any]]:
+    """The fraction of zeros of each masked leaf, and the pattern they lie in."""
     named: Mapping[str, Array] = state["mask"]
     pruned = {path: mask.size - int(count(mask)) for path, mask in named.items()}
-    return {path: {"sparsity": pruned[path] / mask.size} for path, mask in named.items()}
+    named_pattern = {"pattern": pattern} if pattern else {}
+    return {p: {"sparsity": pruned[p] / mask.size, **named_pattern} for p, mask in named.items()}

@@ -41,6 +41,9 @@ class Pattern(NamedTuple):
               arrays together each of them keeps at least one unit. Unless `signed`, scores are
               never negative.
     sparsity  the fraction of zeros, where the pattern fixes it (N:M, which asks for no budget).
+    name      how footprints and files call it, "" for weights by themselves: "2:4", "4x4",
+              "channel", "channel 64"; then " over " and its axes where they are not the usual ones
+              ("2:4 over -1", "16 over -2").
     """
 
     check: Callable[[str, Shape], None]
@@ -49,6 +52,7 @@ class Pattern(NamedTuple):
     expand: Callable[[Array, Shape], Array]
     choose: Callable[..., dict[str, Array]]
     sparsity: float | None = None
+    name: str = ""
 
 
 def unstructured() -> Pattern:
@@ -111,7 +115,8 @@ def block(
             found[place] = size
         return tuple(found)
 
-    return _tiles(lengths, f"blocks of {' x '.join(map(str, sizes))}", pad)
+    name = "x".join(map(str, sizes)) + _over(axes, tuple(range(-len(sizes), 0)))
+    return _tiles(lengths, f"blocks of {' x '.join(map(str, sizes))}", pad, name)
 
 
 def channel(axis: int | tuple[int, ...] = -1, size: int = 1, pad: bool = False) -> Pattern:
@@ -152,7 +157,8 @@ def channel(axis: int | tuple[int, ...] = -1, size: int = 1, pad: bool = False) 
         found[axes[-1]] = size
         return tuple(found)
 
-    return _tiles(lengths, f"groups of {size} channels" if size > 1 else "channels", pad)
+    name = "channel" + (f" {size}" if size > 1 else "") + _over(axes, (-1,))
+    return _tiles(lengths, f"groups of {size} channels" if size > 1 else "channels", pad, name)
 
 
 def n_m(n: int, m: int, axis: int = -2, pad: bool = False) -> Pattern:
@@ -203,7 +209,13 @@ def n_m(n: int, m: int, axis: int = -2, pad: bool = False) -> Pattern:
         expand=lambda kept, shape: kept,
         choose=choose,
         sparsity=1 - n / m,
+        name=f"{n}:{m}" + _over((axis,), (-2,)),
     )
+
+
+def _over(axes: tuple[int, ...], usual: tuple[int, ...]) -> str:
+    """The axes in a pattern's name."""
+    return "" if axes == usual else f" over {','.join(map(str, axes))}"
 
 
 def _largest_of_each(x: Array, n: int, m: int, axis: int) -> Array:
@@ -227,7 +239,7 @@ def _largest_of_each(x: Array, n: int, m: int, axis: int) -> Array:
     return lax.slice_in_dim(kept, 0, length, axis=axis)
 
 
-def _tiles(lengths: Callable[[str, Shape], Shape], what: str, pad: bool) -> Pattern:
+def _tiles(lengths: Callable[[str, Shape], Shape], what: str, pad: bool, name: str) -> Pattern:
     """Units that are the tiles of these lengths."""
 
     def check(path: str, shape: Shape) -> None:
@@ -254,7 +266,7 @@ def _tiles(lengths: Callable[[str, Shape], Shape], what: str, pad: bool) -> Patt
     def units(shape: Shape) -> int:
         return math.prod(_grid(shape, tile("the array", shape)))
 
-    return Pattern(check, units, pool, expand, choose)
+    return Pattern(check, units, pool, expand, choose, name=name)
 
 
 def _grid(shape: Shape, lengths: Shape) -> Shape:
