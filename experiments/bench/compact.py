@@ -7,9 +7,9 @@ with the weights as arguments. Where onnx and onnxruntime are installed (`pip in
 onnxruntime`), both are also timed in ONNX Runtime. `efficiency` is the speed-up over the MAC
 reduction.
 
-Expected: outputs equal within 1e-5. On CPU the efficiency depends on the width: with 8 to 32 channels
-left (ResNet-20 itself) 0.4 to 0.6 in XLA and in ONNX Runtime, below the 0.6 and 0.8 aimed at; with
-twice as many 0.7 to 0.8 in both; with four times as many about 1.
+Expected: outputs equal within 1e-5. On CPU the efficiency depends on the width: with 8 to 32
+channels left (ResNet-20 itself) 0.4 to 0.6 in XLA and in ONNX Runtime, below the 0.6 and 0.8 aimed
+at; with twice as many about 0.8 in both; with four times as many 0.8 to 1.
 Cost: 1 minute on 2 CPU cores.
 Command: python -m experiments bench.compact
 """
