@@ -171,9 +171,7 @@ def pruning(
 
         kept = {name: state[name] for name in ("mask", "sparsity", "sparsest")}
         operands = (kept, scene.memory, weights, {name: moments[name] for name in belongs})
-        kept, memory, weights, owned = lax.cond(
-            window.contains(ctx.step), move, lambda operands: operands, operands
-        )
+        kept, memory, weights, owned = _if(window.contains(ctx.step), move, operands)
         vars = vars._replace(model=replace(vars.model, weights))
         return vars, replace(opt, owned), {**state, **kept, "memory": memory}
 
@@ -196,6 +194,19 @@ def pruning(
         describe=functools.partial(describe, pattern=pattern.name),
         kind="mask" if rule.alive else "prune",
     )
+
+
+def _if(condition: Array, f: Callable[[PyTree], PyTree], operands: PyTree) -> PyTree:
+    """`f(operands)` where the condition holds, else the operands: `lax.cond` without its copies.
+
+    A loop of at most one round. XLA updates what a loop carries in place, but copies whatever a
+    conditional passes through, which would cost every step another read and write of the masks.
+    """
+
+    def once(carry):
+        return jnp.bool_(False), f(carry[1])
+
+    return lax.while_loop(lambda carry: carry[0], once, (jnp.bool_(condition), operands))[1]
 
 
 def _layers(
