@@ -45,7 +45,7 @@ def sparsify(
     batch: PyTree,
     *,
     block: int | tuple[int, int] = (32, 32),
-    work: float = 0.5,
+    work: float = 0.3,
 ) -> Sparse:
     """Makes a pruned model skip the blocks of zeros in the matrices it multiplies data by.
 

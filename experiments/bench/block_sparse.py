@@ -5,9 +5,9 @@ both, and how many times faster the sparse one is. Two structures: "even", where
 blocks keeps equally many, as pruning column by column gives, and "uneven", where the blocks are
 drawn from the whole matrix, so that columns are filled up to the fullest one (one batch size).
 
-Expected: on 2 CPU cores it pays at batch 1 from a sparsity of 0.5 on with any block; at batch 32
-from 0.7 with blocks of 32 or more; at batch 256 from 0.5 with blocks of 128, 0.7 with 64, 0.9 with
-32, and hardly with 16. Uneven columns halve the gain.
+Expected: on 2 CPU cores it pays at batch 1 from a sparsity of 0.5 on with any block; with blocks of
+128 from 0.5 at any batch; of 64 from 0.7 to 0.8; of 32 from 0.7 at batch 32 and 0.8 to 0.9 at 256;
+of 16 from 0.8 to 0.9. With uneven columns later, and with blocks of 32 not always.
 Cost: 1 minute on 2 CPU cores.
 Command: python -m experiments bench.block_sparse
 """

@@ -1,5 +1,7 @@
 """A block-sparse model gives the dense one's outputs, and says what it left dense and why."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,9 @@ from flax import nnx
 
 import effjax as ej
 from effjax.errors import SelectorError, SetupError
-from effjax.prune.sparsify import sparsify
+from effjax.prune import sparsify as by_default
 
+sparsify = functools.partial(by_default, work=0.5)  # these matrices have few blocks
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(6, 64)).astype(np.float32)
 
@@ -163,6 +166,16 @@ def test_what_is_left_dense_is_named_with_the_reason(why):
     np.testing.assert_allclose(
         run(found.apply, found.params, {"x": X}), run(apply, params, {"x": X}), atol=1e-5
     )
+
+
+def test_by_default_a_third_of_the_work_is_too_much():
+    kept = np.zeros((8, 8), bool)
+    kept[:3] = True
+    params = {"w": jnp.asarray(np.kron(kept, np.ones((8, 8))), jnp.float32)}
+    apply = model_of(FORMS["x @ w"])
+    found = by_default(apply, params, {}, {}, {"x": X}, block=8)
+    assert "work=0.3 asks for at most 30%" in found.left["w"]
+    assert list(sparsify(apply, params, {}, {}, {"x": X}, block=8).blocks) == ["w"]
 
 
 def test_a_tied_table_is_kept_for_its_lookup():
