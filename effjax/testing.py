@@ -343,7 +343,9 @@ def _zeros(case: Case) -> None:
                 f"zeros of {path} are not shipped as zeros"
             )
     for name, member in case.chain.members:
-        if member.kind in ("prune", "mask"):
+        # Learned sparsity has thresholds or gates, and no masks that are carried.
+        learned = member.kind == "mask" and "mask" not in case.trajectory[0].transform[name]
+        if member.kind in ("prune", "mask") and not learned:
             _masked_stay_zero(case, name, alive=member.kind == "mask")
 
 

@@ -49,6 +49,17 @@ TRANSFORMS = {
         every=2, pattern=ej.prune.n_m(2, 4, pad=True), select="kernel$"
     ),
     "movement": lambda model: ej.prune.movement(0.5, 0, 3, select="kernel$"),
+    "static": lambda model: ej.prune.static(0.5, select="kernel$"),
+    "set": lambda model: ej.prune.set_(0.5, 0, 4, 1, select="kernel$"),
+    "rigl": lambda model: ej.prune.rigl(0.5, 0, 4, 2, select="kernel$"),
+    "sparse_momentum": lambda model: ej.prune.sparse_momentum(0.5, 0, 4, 2, select="kernel$"),
+    "soft_threshold": lambda model: ej.prune.soft_threshold(-2.0, 0.1, select="kernel$"),
+    "hard_concrete": lambda model: ej.prune.hard_concrete(
+        0.1, pattern=ej.prune.channel(), select="kernel$"
+    ),
+    "group_lasso": lambda model: ej.prune.group_lasso(0.1, select="kernel$"),
+    "proximal_lasso": lambda model: ej.prune.group_lasso(1.0, rate=0.01, select="kernel$"),
+    "ema": lambda model: ej.prune.ema(0.9),
     "qat": lambda model: ej.quantize.qat(),
     "qat_static": lambda model: ej.quantize.qat(ranges="static", start=1),
     "distill": lambda model: ej.distill.logits(TEACHER.apply, temperature=2.0),
@@ -58,6 +69,9 @@ TRANSFORMS = {
 # Those that the pair tests go through: one of each kind of view, wrap, loss and update.
 PAIRED = ("width", "magnitude", "magnitude_global", "ste", "qat", "qat_static", "distill")
 PAIRS = list(itertools.combinations(PAIRED, 2))
+# The others meet quantization alone.
+PAIRS += [(name, "qat") for name in ("rigl", "sparse_momentum", "soft_threshold", "hard_concrete")]
+PAIRS += [(name, "qat") for name in ("group_lasso", "proximal_lasso", "ema")]
 
 
 def teacher():
