@@ -1,10 +1,14 @@
 """From results to what a paper shows: tables, Pareto fronts, figures, one HTML page."""
 
 from effjax.report.canvas import save
+from effjax.report.comparisons import Comparison, compare, comparison_grid
 from effjax.report.curves import curves_plot
 from effjax.report.files import whole, write_text
 from effjax.report.footer import footer
+from effjax.report.grid import Grid
 from effjax.report.html import Section, image, page
+from effjax.report.latex import latex_document, latex_escape, latex_problems
+from effjax.report.layers import layer_facts, layers_plot
 from effjax.report.pareto import pareto_front
 from effjax.report.scatter import pareto_plot
 from effjax.report.statistics import (
@@ -16,21 +20,29 @@ from effjax.report.statistics import (
     welch,
     worst_corner,
 )
-from effjax.report.tables import Cell, Column, Table, latex_escape, summarise
+from effjax.report.tables import Cell, Column, Table, summarise
 
 __all__ = [
     "Cell",
     "Column",
+    "Comparison",
+    "Grid",
     "Interval",
     "Section",
     "Table",
     "Welch",
+    "compare",
+    "comparison_grid",
     "curves_plot",
     "footer",
     "holm",
     "hypervolume",
     "image",
+    "latex_document",
     "latex_escape",
+    "latex_problems",
+    "layer_facts",
+    "layers_plot",
     "page",
     "paired_bootstrap",
     "pareto_front",

@@ -1,8 +1,9 @@
-"""Results over seeds as a table: mean ± standard deviation, in Markdown, LaTeX, CSV and HTML."""
+"""Results over seeds as a table: mean ± standard deviation, in Markdown, LaTeX, CSV, JSON and
+HTML."""
 
 import csv
-import html
 import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from effjax.errors import ReportError
 from effjax.report.footer import footer
+from effjax.report.grid import Grid
 
 Row = Mapping[str, Any]
 MISSING = "-"
@@ -49,13 +51,13 @@ class Table(NamedTuple):
     heading: str = "method"
     caption: str = ""
 
-    def text(self, name: str, column: Column, plus_minus: str = " ± ") -> str:
+    def text(self, name: str, column: Column) -> str:
         """A cell as written: the mean, and the deviation where the seeds differ visibly."""
         cell = self.cells.get((name, column.key))
         if cell is None:
             return MISSING
         mean, std = format(cell.mean, column.format), format(cell.std, column.format)
-        return mean if std == format(0.0, column.format) else f"{mean}{plus_minus}{std}"
+        return mean if std == format(0.0, column.format) else f"{mean} ± {std}"
 
     def ranks(self, column: Column) -> dict[str, int]:
         """1 for the best of a column and 2 for the second, by the mean as written: what looks alike
@@ -70,41 +72,29 @@ class Table(NamedTuple):
             return {}
         return {n: distinct.index(shown[n]) + 1 for n in order if shown[n] in distinct[:2]}
 
+    def grid(self) -> Grid:
+        """The cells as written."""
+        ranks = [self.ranks(column) for column in self.columns]
+        rows = [[name, *(self.text(name, c) for c in self.columns)] for name in self.names]
+        marks = {
+            (i, j): found[name]
+            for j, found in enumerate(ranks, 1)
+            for i, name in enumerate(self.names)
+            if name in found
+        }
+        return Grid([self.heading, *(c.label for c in self.columns)], rows, marks, self.caption)
+
     def markdown(self, provenance: Mapping[str, Any] | None = None) -> str:
         """GitHub Markdown; the best of a column bold."""
-        ranks = {c.key: self.ranks(c) for c in self.columns}
-
-        def cell(name: str, c: Column) -> str:
-            text = _markdown_escape(self.text(name, c))
-            return f"**{text}**" if ranks[c.key].get(name) == 1 else text
-
-        head = [self.heading, *(c.label for c in self.columns)]
-        lines = [_markdown_row([_markdown_escape(h) for h in head])]
-        lines.append(_markdown_row([":--", *["--:"] * len(self.columns)]))
-        for name in self.names:
-            row = [_markdown_escape(name), *(cell(name, c) for c in self.columns)]
-            lines.append(_markdown_row(row))
-        lines += ["", self.caption] if self.caption else []
-        lines += ["", f"<sub>{html.escape(footer(provenance))}</sub>"] if provenance else []
-        return "\n".join(lines) + "\n"
+        return self.grid().markdown(provenance)
 
     def latex(self, provenance: Mapping[str, Any] | None = None) -> str:
         """A `tabular` for `\\usepackage{booktabs}`; the best bold, the second underlined."""
-        ranks = {c.key: self.ranks(c) for c in self.columns}
+        return self.grid().latex(provenance)
 
-        def cell(name: str, c: Column) -> str:
-            text = latex_escape(self.text(name, c, "\0")).replace("\0", r" $\pm$ ")
-            mark = {1: r"\textbf{%s}", 2: r"\underline{%s}"}.get(ranks[c.key].get(name, 0), "%s")
-            return mark % text
-
-        head = [self.heading, *(c.label for c in self.columns)]
-        lines = [f"% {line}" for line in (self.caption, footer(provenance)) if line]
-        lines += [r"\begin{tabular}{l" + "r" * len(self.columns) + "}", r"\toprule"]
-        lines += [" & ".join(map(latex_escape, head)) + r" \\", r"\midrule"]
-        for name in self.names:
-            row = [latex_escape(name), *(cell(name, c) for c in self.columns)]
-            lines.append(" & ".join(row) + r" \\")
-        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+    def html(self) -> str:
+        """A `<table>`; the best and the second carry the classes "best" and "second"."""
+        return self.grid().html()
 
     def csv(self, provenance: Mapping[str, Any] | None = None) -> str:
         """One line a name, with mean, std and n of each column at full precision, and the
@@ -121,26 +111,21 @@ class Table(NamedTuple):
             out.write(f"# {footer(provenance)}\n")
         return out.getvalue()
 
-    def html(self) -> str:
-        """A `<table>`; cells of rank 1 and 2 carry the classes "best" and "second"."""
-        ranks = {c.key: self.ranks(c) for c in self.columns}
-        names = {1: ' class="best"', 2: ' class="second"'}
-        head = "".join(f"<th>{html.escape(h)}</th>" for h in self._head())
-        body = []
-        for name in self.names:
-            cells = "".join(
-                f"<td{names.get(ranks[c.key].get(name, 0), '')}>"
-                f"{html.escape(self.text(name, c))}</td>"
+    def json(self, provenance: Mapping[str, Any] | None = None) -> str:
+        """{"rows": [{"name", column key: {"mean", "std", "n"}}], "columns": ..., "provenance"}, at
+        full precision; a cell that was never measured is left out."""
+        rows = [
+            {"name": name}
+            | {
+                c.key: self.cells[name, c.key]._asdict()
                 for c in self.columns
-            )
-            body.append(f"<tr><th>{html.escape(name)}</th>{cells}</tr>")
-        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
-        return (
-            f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-        )
-
-    def _head(self) -> list[str]:
-        return [self.heading, *(c.label for c in self.columns)]
+                if (name, c.key) in self.cells
+            }
+            for name in self.names
+        ]
+        columns = [c._asdict() for c in self.columns]
+        found = {"rows": rows, "columns": columns, "caption": self.caption}
+        return json.dumps({**found, "provenance": provenance}, indent=1) + "\n"
 
 
 def summarise(
@@ -208,29 +193,3 @@ def summarise(
             )
             raise ReportError(f"no row has {column.key!r}; they have {known}.")
     return Table(tuple(groups), tuple(columns), cells, heading, caption)
-
-
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "\N{PLUS-MINUS SIGN}": r"$\pm$",
-    "\N{MULTIPLICATION SIGN}": r"$\times$",
-    "\N{MINUS SIGN}": "$-$",
-    "\N{EN DASH}": "--",
-    "\N{MICRO SIGN}": r"$\mu$",
-    **{c: "\\" + c for c in "&%$#_{}"},
-}
-
-
-def latex_escape(text: str) -> str:
-    """Text as LaTeX shows it literally."""
-    return "".join(LATEX.get(c, c) for c in text)
-
-
-def _markdown_escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*").replace("\n", " ")
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
