@@ -63,7 +63,10 @@ def test_weights_below_the_threshold_come_back():
 
 def test_decay_of_the_thresholds_makes_the_network_sparse():
     prune = soft_threshold(-5.0, decay=1.0, select="kernel$")
-    transform, state, history = train(prune, 100, optax.adam(4e-2))
+    rates = {"thresholds": optax.adam(4e-2), "weights": optax.adam(1e-3)}
+    labels = [("threshold", "thresholds"), ("", "weights")]
+    tx = optax.partition(rates, lambda vars: ej.select.label_tree(vars, labels))
+    transform, state, history = train(prune, 100, tx)
     assert history[0]["prune/threshold"] == pytest.approx(1.0 / 2 * 2 * 25)
     assert history[0]["prune/sparsity"] < 0.1 < 0.4 < history[-1]["prune/sparsity"]
     assert history[-1]["prune/sparsest"] >= history[-1]["prune/sparsity"]
