@@ -11,7 +11,7 @@ from flax import nnx
 
 import effjax as ej
 from effjax.errors import SelectorError, SetupError
-from effjax.prune import sparsify as by_default
+from effjax.prune.sparsify import sparsify as by_default
 
 sparsify = functools.partial(by_default, work=0.5)  # these matrices have few blocks
 RNG = np.random.default_rng(0)
