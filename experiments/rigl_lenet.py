@@ -283,14 +283,14 @@ def run(config: Config) -> dict[str, Any]:
 
 
 COLUMNS = (
-    Column("error", "test error (%)", ".2f", "min", 100),
-    Column("bytes", "stored bytes", ",.0f", "min"),
+    Column("error", "test error (%)", ".2f", None, 100),
+    Column("bytes", "stored bytes", ",.0f"),
     Column("sparsity", "zeros of all weights (%)", ".1f", None, 100),
     Column("inputs", "pixels left", ".0f"),
-    Column("first", "units left, first", ".0f"),
+    Column("first", "units left: first", ".0f"),
     Column("second", "second", ".0f"),
     Column("sparsity left", "zeros between them (%)", ".1f", None, 100),
-    Column("train flops", "training FLOPs (dense = 1)", ".3f", "min"),
+    Column("train flops", "training FLOPs (dense = 1)", ".3f"),
 )
 
 
