@@ -25,7 +25,7 @@ def results(tmp_path_factory):
         patch.setattr(sparse_report, "RESULTS", folder / "results")
         patch.setattr(sparse_report, "IMAGES", folder / "images")
         shown = rigl.run(TINY)
-        assert "RigL stored bytes" in shown
+        assert list(shown) == [rigl.DENSE, *rigl.ARMS]
     for stem in ("rigl_lenet_pixels", "rigl_lenet_curves"):
         assert (folder / "images" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
     assert "31,914" in (folder / "results" / "rigl_lenet.md").read_text()
