@@ -8,6 +8,7 @@ import pytest
 from flax import linen, nnx
 
 import effjax as ej
+from effjax.jaxprs import Body, While, parts
 from effjax.select import leaves
 
 K = 3
@@ -172,14 +173,27 @@ def test_a_step_compiles_once_and_keeps_the_states_form(mode):
     assert jax.tree.map(jax.typeof, states) == jax.tree.map(jax.typeof, after)
 
 
+def rounds(jaxpr):
+    """Every while loop in a program, those inside other functions too."""
+    for eqn in jaxpr.eqns:
+        inner = parts(eqn)
+        if isinstance(inner, While):
+            yield inner
+        for body in () if inner is None else [b for b in inner if isinstance(b, Body)]:
+            yield from rounds(body.jaxpr)
+
+
 def test_what_depends_on_the_step_alone_stays_a_branch_under_vmap():
     """Work that is done at some steps only costs nothing in the others, also side by side."""
     frozen = teacher()
     runs = ej.population(compressed(LINEN), HYPERS, "vmap")
     states = runs.init(KEYS, BATCH, frozen)
-    text = str(jax.make_jaxpr(runs.step)(states, BATCH, frozen))
-    assert " cond[" in text
-    # A branch on a batched value would have become a selection between whole masks.
+    loops = list(rounds(jax.make_jaxpr(runs.step)(states, BATCH, frozen).jaxpr))
+    # Masks move in a loop of at most one round. Had its condition become a batched value, the
+    # loop would reduce it over the runs, and select between whole masks in its body.
+    alone = [loop for loop in loops if not loop.condition.jaxpr.eqns]
+    moving = [x for loop in alone for x in loop.body.jaxpr.outvars if x.aval.dtype == bool]
+    assert {(K, *shape) for shape in ((3, 3, 1, 4), (4, 4))} <= {x.aval.shape for x in moving}
     branch = ej.Transform(
         update=lambda vars, opt, state, grads, aux, ctx: (
             vars,
