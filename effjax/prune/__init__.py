@@ -7,7 +7,7 @@ from effjax.prune.alive import movement, ste
 from effjax.prune.averages import ema
 from effjax.prune.block_sparse import BlockSparse
 from effjax.prune.compact import compact
-from effjax.prune.dynamic import rigl, set_, sparse_momentum, static
+from effjax.prune.dynamic import rigl, set_, sparse_momentum
 from effjax.prune.engine import Rule, Scene, pruning
 from effjax.prune.flops import Flops, flops
 from effjax.prune.gradual import Criterion, custom, magnitude, random, saliency, taylor
@@ -18,6 +18,7 @@ from effjax.prune.lottery import Lottery, Ticket
 from effjax.prune.patterns import block, channel, n_m, unstructured
 from effjax.prune.sparsegpt import sparsegpt
 from effjax.prune.sparsify import sparsify
+from effjax.prune.static import static
 from effjax.prune.structured import channel_masks, group_masks, group_scores
 
 __all__ = [

@@ -1,120 +1,22 @@
-"""Sparse from the first step to the last: masks that stay, and masks whose connections move while
-their number does not (SET, RigL, sparse momentum)."""
+"""Dynamic sparse training: masks whose connections move while their number does not (SET, RigL,
+sparse momentum)."""
 
 import math
-from collections.abc import Mapping
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from effjax.core import Ctx, Metrics, PyTree, Setup, Transform, Vars
-from effjax.errors import ScheduleError, SelectorError, SetupError
+from effjax.core import Transform
+from effjax.errors import ScheduleError, SetupError
 from effjax.prune import masks as masking
-from effjax.prune.budgets import Allocation, Budget, Layers
+from effjax.prune.budgets import Allocation
 from effjax.prune.counts import Count, count
 from effjax.prune.engine import Choose, Named, Rule, Scene, pruning
+from effjax.prune.exchange import exchange, kept_units, shared_out
 from effjax.prune.gradual import random_scores
 from effjax.prune.patterns import Pattern, unstructured
 from effjax.prune.timing import Timing, steady
 from effjax.schedules import Scalar, Schedule, Window, as_schedule, is_traced
-from effjax.select import leaves
-
-
-def static(
-    sparsity: Scalar | None = None,
-    *,
-    masks: Mapping[str, Array] | None = None,
-    scores: Mapping[str, Array] | None = None,
-    budget: str | Allocation = "erk",
-    pattern: Pattern | None = None,
-    select: str | None = None,
-) -> Transform:
-    """Masks that are chosen before the first step and never move.
-
-    - `static(0.9)` draws them at random: the baseline that dynamic sparse training has to beat.
-    - `static(0.9, scores=snip(...))` keeps the largest scores: pruning at initialization.
-    - `static(masks=masks)` takes them as they are: a lottery ticket, or the masks of another run.
-
-    The forward pass sees `where(mask, w, 0)`; pruned weights get a gradient of exactly 0, and are 0
-    after every step, as are their moments.
-
-    Args:
-      sparsity: the fraction of zeros in [0, 1), perhaps traced; None with `masks`, or where the
-        pattern fixes it.
-      masks: {params path: bool, shaped like the weight}; they decide what is pruned, too.
-      scores: {params path: float, shaped like the weight}, of either sign; they decide what is
-        pruned unless `select` does.
-      budget: how the sparsity is spread over the layers, see `budgets`.
-      pattern: what is kept or pruned together; left out, every weight by itself.
-      select: a regular expression for the params paths that are pruned. Left out, every kernel but
-        those of the model's first and last operation.
-
-    Returns:
-      A Transform of kind "prune" with the state of `prune.magnitude`. It reports "sparsity" and
-      "sparsest".
-
-    Raises:
-      ScheduleError: a sparsity outside [0, 1), or none.
-      SetupError: masks together with anything else; an unknown budget; at `init`, masks or scores
-        of another shape than the weight, masks that are not bool, a leaf that would be emptied.
-      SelectorError (at `init`): nothing is selected, or a path that the params do not have.
-
-    Example:
-      >>> import effjax as ej
-      >>> prune = ej.chain(prune=ej.prune.static(0.9))
-
-    Reference: Frankle and Carbin, "The lottery ticket hypothesis", 2019,
-    https://arxiv.org/abs/1803.03635 (masks); Evci et al., 2020, https://arxiv.org/abs/1911.11134
-    (random masks with the ERK budget).
-    """
-    if masks is not None:
-        others = {"sparsity": sparsity, "scores": scores, "pattern": pattern, "select": select}
-        if unused := [name for name, value in others.items() if value is not None]:
-            raise SetupError(
-                f"static(masks=...) says which weights are kept, so {unused} would mean nothing. "
-                "Leave them out, or leave the masks out."
-            )
-    if (masks is not None and not masks) or (scores is not None and not scores):
-        raise SetupError("static got an empty dict, which prunes nothing; give at least one entry.")
-    pattern = unstructured() if pattern is None else pattern
-    given = {path: jnp.asarray(x) for path, x in (masks or scores or {}).items()}
-
-    def start(key: Array, weights: Named, choose: Choose) -> Named:
-        if masks is not None:
-            return given
-        if scores is None:
-            return choose(random_scores(key, weights))
-        if missing := [path for path in weights if path not in given]:
-            raise SelectorError(
-                f"{select!r} selects {missing}, for which there are no scores, only for "
-                f"{list(given)}. Leave `select` out to prune what has scores."
-            )
-        return choose({path: given[path] for path in weights}, signed=True)
-
-    def move(scene: Scene, choose: Choose) -> Named:
-        return scene.mask
-
-    if masks is None:
-        times = steady(sparsity, 0, 0, 1, pattern)
-    else:
-        # No mask is chosen, so that there is nothing for a budget to say.
-        times = Timing(lambda step: masking.sparsity(given), Window.once(0))
-        budget = _nothing
-    chosen = select if select is not None or not given else list(given)
-    base = pruning(Rule(move, start), times, budget=budget, pattern=pattern, select=chosen)
-
-    def init(key: Array, params: PyTree, setup: Setup) -> tuple[PyTree, PyTree]:
-        _check_given(given, leaves(params), "masks" if scores is None else "scores")
-        return base.init(key, params, setup)
-
-    def update(vars: Vars, opt, state, grads: Vars, aux, ctx: Ctx) -> tuple[Vars, PyTree, PyTree]:
-        # With gradients of 0 from the first step on, moments of 0 stay so by themselves.
-        return vars._replace(model=masking.apply(vars.model, state["mask"])), opt, state
-
-    def report(vars: Vars, state, aux, ctx: Ctx) -> Metrics:
-        return {name: state[name] for name in ("sparsity", "sparsest")}
-
-    return base._replace(init=init, update=update, report=report)
 
 
 def set_(
@@ -293,7 +195,7 @@ def sparse_momentum(
 
     def move(scene: Scene, choose: Choose) -> Named:
         momentum = {path: jnp.abs(m) for path, m in scene.memory.items()}
-        kept = {path: _units(mask, pattern) for path, mask in scene.mask.items()}
+        kept = {path: kept_units(mask, pattern) for path, mask in scene.mask.items()}
         dropped, room, means = {}, [], []
         for path, mask in scene.mask.items():
             wanted = Count.rounded(share(scene.step) * kept[path].value())
@@ -311,87 +213,12 @@ def sparse_momentum(
     return pruning(rule, times, budget=budget, pattern=pattern, select=select)
 
 
-def exchange(
-    scene: Scene,
-    growth: Named,
-    dropped: Mapping[str, Count],
-    grown: Mapping[str, Count],
-    pattern: Pattern,
-) -> Named:
-    """The masks after each layer has dropped its smallest weights and grown others.
-
-    Args:
-      scene: whose kept weights are dropped by magnitude.
-      growth: scores >= 0 by path; the largest are grown among all that are not kept, those just
-        dropped included.
-      dropped: how many units each layer drops, at most all it has.
-      grown: how many it grows, at most what is not kept then.
-      pattern: what is dropped and grown together.
-    """
-
-    def choose(scores: Named, keep: dict[str, Count]) -> Named:
-        return pattern.choose(scores, lambda units: keep, signed=True)
-
-    # Below every magnitude, so that nothing but what is free is passed over.
-    left = choose(
-        {path: jnp.where(m, jnp.abs(scene.weights[path]), -1.0) for path, m in scene.mask.items()},
-        {path: _units(m, pattern).minus(dropped[path]) for path, m in scene.mask.items()},
-    )
-    free = {path: jnp.where(kept, -1.0, growth[path]) for path, kept in left.items()}
-    new = choose(free, dict(grown))
-    return {path: kept | new[path] for path, kept in left.items()}
-
-
-def shared_out(total: Count, room: list[Count], weight: Array) -> list[Count]:
-    """A number in parts, in proportion to weights and none larger than its room; exact in sum.
-
-    Args:
-      total: at most the sum of the rooms.
-      room: n Counts.
-      weight: float32 [n], not negative; where all that have room left are 0, room counts instead.
-
-    Returns:
-      n Counts.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> room = [Count.of(3), Count.of(20), Count.of(20)]
-      >>> [int(part) for part in shared_out(Count.of(16), room, jnp.array([4.0, 2.0, 2.0]))]
-      [3, 7, 6]
-    """
-    limit = Count.stack(room).value()
-
-    def fill(_: int, part: Array) -> Array:
-        is_open = part < limit
-        wanted = jnp.where(is_open, weight, 0.0)
-        wanted = jnp.where(jnp.sum(wanted) > 0, wanted, limit - part)
-        more = (total.value() - jnp.sum(part)) * wanted / jnp.maximum(jnp.sum(wanted), 1e-30)
-        return jnp.minimum(part + jnp.maximum(more, 0.0), limit)
-
-    # Each round fills at least one more layer or ends with all shared out.
-    part = lax.fori_loop(0, len(room), fill, jnp.zeros_like(limit))
-    bounds, later = jnp.cumsum(part), Count.stack(room).after()
-    left, found = total, []
-    for i, own in enumerate(room):
-        given = total.minus(left)
-        wanted = Count.rounded(bounds[i]).minus(given)
-        least = left.minus(Count(later.high[i], later.low[i]))  # what finds no room after this one
-        found.append(wanted.maximum(least).minimum(own).minimum(left))
-        left = left.minus(found[-1])
-    return found
-
-
 def _random(key: Array, weights: Named, choose: Choose) -> Named:
     return choose(random_scores(key, weights))
 
 
-def _units(mask: Array, pattern: Pattern) -> Count:
-    """How many units a mask keeps."""
-    return count(pattern.pool(mask.astype(jnp.float32)) > 0.5)
-
-
 def _to_move(mask: Named, share: Array, pattern: Pattern) -> dict[str, Count]:
-    kept = {path: _units(m, pattern) for path, m in mask.items()}
+    kept = {path: kept_units(m, pattern) for path, m in mask.items()}
     return {path: Count.rounded(share * n.value()).minimum(n) for path, n in kept.items()}
 
 
@@ -438,26 +265,3 @@ def _times(
         last = begin + (end - 1 - begin) // every * every
         times = times._replace(window=Window(begin, last, every))
     return times
-
-
-def _nothing(layers: Layers, scores: Mapping[str, Array], sparsity: Scalar) -> Budget:
-    return {}
-
-
-def _check_given(given: Named, named: Named, what: str) -> None:
-    """Raises unless there is a weight of the right shape for each."""
-    if missing := sorted(set(given) - set(named)):
-        raise SelectorError(
-            f"there are {what} for {missing}, but the params have {list(named)}. They were made "
-            "for another model, or a transform before this one renamed its params."
-        )
-    for path, x in given.items():
-        if x.shape != named[path].shape:
-            raise SetupError(
-                f"{what} of {path} have shape {x.shape}, but the weight {named[path].shape}."
-            )
-        if what == "masks" and x.dtype != bool:
-            raise SetupError(
-                f"the mask of {path} is {x.dtype}; a mask is bool, True where a weight is kept. "
-                "Write mask != 0 if that is what it means."
-            )

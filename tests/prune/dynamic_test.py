@@ -13,6 +13,7 @@ from effjax.errors import ScheduleError, SelectorError, SetupError
 from effjax.prune import dynamic
 from effjax.prune.counts import Count
 from effjax.prune.engine import Scene
+from effjax.prune.exchange import exchange, shared_out
 from effjax.prune.flops import flops
 from effjax.prune.patterns import block, channel, n_m, unstructured
 from effjax.select import leaves
@@ -20,7 +21,7 @@ from tests import nets
 
 ALL = "kernel$"
 METHODS = {
-    "static": lambda s, **k: dynamic.static(s, select=ALL, **k),
+    "static": lambda s, **k: ej.prune.static(s, select=ALL, **k),
     "set": lambda s, **k: dynamic.set_(s, 1, 40, 3, select=ALL, **k),
     "rigl": lambda s, **k: dynamic.rigl(s, 1, 40, 3, select=ALL, **k),
     "momentum": lambda s, **k: dynamic.sparse_momentum(s, 1, 40, 3, select=ALL, **k),
@@ -77,7 +78,7 @@ def scene(slopes, mask=MASK):
 def test_an_exchange_by_hand(slopes, moved, expected):
     slopes = jnp.abs(jnp.array(slopes, jnp.float32))
     n = {"k": Count.of(moved)}
-    found = dynamic.exchange(scene(slopes), {"k": slopes}, n, n, unstructured())["k"]
+    found = exchange(scene(slopes), {"k": slopes}, n, n, unstructured())["k"]
     np.testing.assert_array_equal(found, np.array(expected, bool))
 
 
@@ -85,7 +86,7 @@ def test_an_exchange_of_channels_by_hand():
     """The weakest column (mean |w| 0.15) goes, the one with the largest mean gradient comes."""
     slopes = jnp.array([[9.0, 0.0, 1.0, 3.0], [0.0, 0.0, 1.0, 9.0]])
     n = {"k": Count.of(1)}
-    found = dynamic.exchange(scene(slopes), {"k": slopes}, n, n, channel())["k"]
+    found = exchange(scene(slopes), {"k": slopes}, n, n, channel())["k"]
     np.testing.assert_array_equal(found, np.array([[0, 1, 0, 1]] * 2, bool))
 
 
@@ -166,7 +167,7 @@ def moves(prune, steps=12):
         (lambda: dynamic.rigl(0.8, end=11, every=4, select=ALL), [4, 8]),
         (lambda: dynamic.rigl(0.8, 0, 1, select=ALL), [0]),
         (lambda: dynamic.set_(0.8, every=5, select=ALL), [5, 10]),
-        (lambda: dynamic.static(0.8, select=ALL), []),
+        (lambda: ej.prune.static(0.8, select=ALL), []),
     ],
 )
 def test_the_steps_in_which_masks_move(make, expected):
@@ -327,7 +328,7 @@ def test_flax_models(model):
 )
 def test_what_was_dropped_is_shared_out(total, room, weight, expected):
     room = [Count.of(n) for n in room]
-    parts = dynamic.shared_out(Count.of(total), room, jnp.array(weight))
+    parts = shared_out(Count.of(total), room, jnp.array(weight))
     found = [int(part) for part in parts]
     assert sum(found) == total
     assert found == pytest.approx(expected, abs=0 if total < 2**24 else 8)
@@ -367,7 +368,7 @@ def test_sparse_momentum_by_hand():
 def test_masks_that_are_given_are_what_is_seen():
     rng = np.random.default_rng(0)
     masks = {"hidden/kernel": rng.random((64, 32)) < 0.3}
-    step, state = start(dynamic.static(masks=masks))
+    step, state = start(ej.prune.static(masks=masks))
     for _ in range(3):
         state, metrics = step(state, nets.BATCH)
         np.testing.assert_array_equal(mask_of(state)["hidden/kernel"], masks["hidden/kernel"])
@@ -379,7 +380,7 @@ def test_masks_that_are_given_are_what_is_seen():
 
 def test_scores_that_are_given_keep_the_largest():
     scores = {"head/kernel": jnp.asarray(np.random.default_rng(0).normal(size=(32, 8)))}
-    _, state = start(dynamic.static(0.75, scores=scores, budget="uniform"))
+    _, state = start(ej.prune.static(0.75, scores=scores, budget="uniform"))
     mask = mask_of(state)["head/kernel"]
     found = np.asarray(scores["head/kernel"])
     assert mask.sum() == 64
@@ -387,7 +388,7 @@ def test_scores_that_are_given_keep_the_largest():
 
 
 def test_a_random_n_m_mask():
-    _, state = start(dynamic.static(pattern=n_m(2, 4), select=ALL))
+    _, state = start(ej.prune.static(pattern=n_m(2, 4), select=ALL))
     grouped = mask_of(state)["hidden/kernel"].reshape(16, 4, 32).sum(1)
     assert np.all(grouped == 2)
     column = mask_of(state)["hidden/kernel"].reshape(16, 4, 32)[:, :, 0]
@@ -409,9 +410,9 @@ def test_a_random_n_m_mask():
         (lambda: dynamic.rigl(1.0, end=500), ScheduleError, "1.0"),
         (lambda: dynamic.set_(0.9, every=0), ScheduleError, "0 steps"),
         (lambda: dynamic.sparse_momentum(0.9, end=500, decay=1.0), ScheduleError, "decay"),
-        (lambda: dynamic.static(), ScheduleError, "no sparsity"),
-        (lambda: dynamic.static(0.9, masks={"a": MASK}), SetupError, "sparsity"),
-        (lambda: dynamic.static(masks={}), SetupError, "empty"),
+        (lambda: ej.prune.static(), ScheduleError, "no sparsity"),
+        (lambda: ej.prune.static(0.9, masks={"a": MASK}), SetupError, "sparsity"),
+        (lambda: ej.prune.static(masks={}), SetupError, "empty"),
     ],
 )
 def test_what_is_refused(make, error, match):
@@ -422,11 +423,11 @@ def test_what_is_refused(make, error, match):
 @pytest.mark.parametrize(
     ("prune", "error", "match"),
     [
-        (dynamic.static(masks={"nowhere": MASK}), SelectorError, "nowhere"),
-        (dynamic.static(masks={"head/kernel": MASK}), SetupError, r"\(32, 8\)"),
-        (dynamic.static(masks={"head/bias": jnp.ones(8)}), SetupError, "bool"),
+        (ej.prune.static(masks={"nowhere": MASK}), SelectorError, "nowhere"),
+        (ej.prune.static(masks={"head/kernel": MASK}), SetupError, r"\(32, 8\)"),
+        (ej.prune.static(masks={"head/bias": jnp.ones(8)}), SetupError, "bool"),
         (
-            dynamic.static(0.5, scores={"head/kernel": jnp.ones((32, 8))}, select=ALL),
+            ej.prune.static(0.5, scores={"head/kernel": jnp.ones((32, 8))}, select=ALL),
             SelectorError,
             "hidden/kernel",
         ),
