@@ -18,7 +18,7 @@ from effjax.prune.channels import Axis
 from effjax.prune.dependencies import Dependencies, Product, entered
 from effjax.prune.layout import ELEMENTWISE, REDUCTIONS, WINDOWS
 
-_MOVES = "broadcast_in_dim concatenate expand_dims pad reshape rev slice squeeze transpose"
+_MOVES = "broadcast_in_dim concatenate pad reshape rev slice squeeze transpose"
 MOVES = frozenset(_MOVES.split())
 
 

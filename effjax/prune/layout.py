@@ -12,7 +12,7 @@ from effjax.prune.channels import FREE, Axis, Units, blocks
 # Entry by entry, whatever they compute.
 _ELEMENTWISE = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp clz convert_element_type
-copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
+copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
 is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or population_count pow
 reduce_precision rem round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic
 shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
@@ -151,12 +151,6 @@ class Layout:
     def _squeeze(self, eqn: jaxprs.Eqn, values: Sequence[Value]) -> list[Sequence[Axis]]:
         gone = eqn.params["dimensions"]
         return [[a for i, a in enumerate(values[0].axes) if i not in gone]]
-
-    def _expand_dims(self, eqn: jaxprs.Eqn, values: Sequence[Value]) -> list[Sequence[Axis]]:
-        axes = iter(values[0].axes)
-        new = eqn.params["dimensions"]
-        ndim = len(shape_of(eqn))
-        return [[self.units.free(1) if i in new else next(axes) for i in range(ndim)]]
 
     def _transpose(self, eqn: jaxprs.Eqn, values: Sequence[Value]) -> list[Sequence[Axis]]:
         return [[values[0].axes[i] for i in eqn.params["permutation"]]]
