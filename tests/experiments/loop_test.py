@@ -175,13 +175,17 @@ def test_a_signal_saves_and_says_how_to_go_on(signum):
 
 
 def test_a_second_signal_acts_as_it_used_to():
-    before = signal.getsignal(signal.SIGINT)
-    with Stop() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signum == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
+    # A process in a shell's background ignores SIGINT; here it is to raise, as it usually does.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Stop() as stop:
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            assert stop.signum == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(runs, capsys):
