@@ -28,6 +28,7 @@ from jax import Array
 import effjax as ej
 from effjax.core import PyTree
 from effjax.select import leaves, map_named
+from experiments.models.pool import max_pool
 
 LAYERS_PER_STAGE = 2
 Library = Literal["linen", "nnx"]
@@ -101,7 +102,7 @@ class LinenCNN(nn.Module):
             norm = nn.BatchNorm(momentum=spec.momentum, name=f"norm_{i}")
             x = norm(x, use_running_average=not train)
             if i % LAYERS_PER_STAGE == LAYERS_PER_STAGE - 1:
-                x = nn.max_pool(x, (2, 2), (2, 2))
+                x = max_pool(x)
         x = nn.Dropout(spec.dropout)(x.reshape(x.shape[0], -1), deterministic=not train)
         x = nn.relu(nn.Dense(spec.units, name="dense")(x))
         x = nn.Dropout(spec.dropout)(x, deterministic=not train)
@@ -128,7 +129,7 @@ class NNXCNN(nnx.Module):
         for i in range(self.depth):
             x = getattr(self, f"norm_{i}")(nnx.relu(getattr(self, f"conv_{i}")(x)))
             if i % LAYERS_PER_STAGE == LAYERS_PER_STAGE - 1:
-                x = nnx.max_pool(x, (2, 2), (2, 2))
+                x = max_pool(x)
         x = self.dropout(x.reshape(x.shape[0], -1))
         return self.head(self.dropout(nnx.relu(self.dense(x))))
 

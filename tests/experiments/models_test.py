@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen
 
 import effjax as ej
 from effjax.select import leaves
 from experiments.models import cnn, mlp
+from experiments.models.pool import max_pool
 
 # The practitioner's guide's table: width multiplier and parameters, which there include the moving
 # mean and variance of BatchNorm.
@@ -103,3 +105,18 @@ def test_specs_that_cannot_be_built_are_refused():
         cnn.Spec(width=0.001)
     with pytest.raises(ValueError, match="3 stages halve the image 3 times, but its size 12"):
         cnn.Spec(size=12)
+
+
+def test_pooling_is_flax_s():
+    x = jax.random.normal(jax.random.key(3), (2, 8, 6, 3))
+    expected = linen.max_pool(x, (2, 2), (2, 2))
+    np.testing.assert_array_equal(max_pool(x), expected)
+    # Without equal pixels the gradients are the same, too.
+    weights = jax.random.normal(jax.random.key(4), expected.shape)
+    ours, theirs = (
+        jax.grad(lambda x, pool=pool: jnp.vdot(pool(x), weights))(x)
+        for pool in (max_pool, lambda x: linen.max_pool(x, (2, 2), (2, 2)))
+    )
+    np.testing.assert_array_equal(ours, theirs)
+    equal = jax.grad(lambda x: max_pool(x).sum())(jnp.zeros((1, 2, 2, 1)))
+    np.testing.assert_array_equal(equal, np.full((1, 2, 2, 1), 0.25))
