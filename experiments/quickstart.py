@@ -39,6 +39,7 @@ import optax
 
 import effjax as ej
 from effjax.core import PyTree
+from effjax.report import layer_facts
 from effjax.select import leaves
 from experiments import quickstart_report as report
 from experiments.harness import data
@@ -344,7 +345,8 @@ def run(config: Config) -> dict[str, Any]:
                 totals = shipped.footprint.totals._asdict()
                 width = {"stages": list(spec.stages), "hidden": spec.hidden}
                 which = {"name": arm.name, "seed": seed, "part": arm.part(seed)}
-                rows.append({**which, **accuracy, **totals, **width})
+                layers = {"layers": layer_facts(shipped.footprint.to_dict())}
+                rows.append({**which, **accuracy, **totals, **width, **layers})
             mine = [row["accuracy"] for row in rows if row["name"] == arm.name]
             seconds = time.monotonic() - since
             say(f"{arm.name:<16} test accuracy {np.mean(mine):.2%} ({seconds:.1f} s)")

@@ -17,9 +17,10 @@ from effjax.report import (
     pareto_plot,
     save,
     summarise,
+    write_text,
 )
 from effjax.report.html import pair, text
-from experiments.harness.provenance import provenance
+from experiments.harness.provenance import brief, provenance
 from experiments.harness.runs import Run, read_metrics
 
 ALL_FOUR = "all four"
@@ -76,7 +77,7 @@ def write(
     table = summarise(rows, COLUMNS, caption=caption)
     written = {"table.md": table.markdown, "table.tex": table.latex, "table.csv": table.csv}
     for name, render in written.items():
-        (folder / name).write_text(render(source), encoding="utf-8")
+        write_text(folder / name, render(source))
     figures = draw(run, table, rows, source, folder)
     story = headline(table)
     html = page(
@@ -87,11 +88,13 @@ def write(
         figures=story,
         provenance={"seconds": round(seconds, 1), **whole},
     )
-    (folder / "index.html").write_text(html, encoding="utf-8")
+    write_text(folder / "index.html", html)
     run.finish(
         {
             "seconds": seconds,
             "rows": rows,
+            "columns": [column._asdict() for column in COLUMNS],
+            "baseline": STUDENT,
             "table": {
                 name: {c.key: table.cells[name, c.key]._asdict() for c in COLUMNS}
                 for name in table.names
@@ -200,18 +203,6 @@ def sections(
             "smaller at its bit width.",
         ),
     ]
-
-
-def brief(source: Mapping[str, Any]) -> dict[str, Any]:
-    """The provenance that fits under a figure."""
-    commit = source["commit"]
-    return {
-        "effjax": (commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")) if commit else "",
-        "jax": source["versions"]["jax"],
-        "on": f"{source['hardware']['cpu']}, {source['hardware']['cores']} cores",
-        "config": source.get("config_hash"),
-        "date": source["date"][:10],
-    }
 
 
 def show(table: Table, caption: str) -> None:

@@ -18,9 +18,8 @@ from effjax.core import PyTree
 from effjax.report import Table, save, write_text
 from effjax.report.canvas import COLOURS, GREY, MARKERS, new_figure, set_footer, style
 from experiments.harness.progress import say
-from experiments.harness.provenance import provenance, write_json
+from experiments.harness.provenance import brief, provenance, write_json
 from experiments.harness.runs import Run
-from experiments.quickstart_report import brief
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

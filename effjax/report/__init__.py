@@ -1,10 +1,12 @@
 """From results to what a paper shows: tables, Pareto fronts, figures, one HTML page."""
 
+from effjax.report.bundle import write_report
 from effjax.report.canvas import save
 from effjax.report.comparisons import Comparison, compare, comparison_grid
 from effjax.report.curves import curves_plot
 from effjax.report.files import whole, write_text
 from effjax.report.footer import footer
+from effjax.report.fronts import Front, fronts, fronts_grid
 from effjax.report.grid import Grid
 from effjax.report.html import Section, image, page
 from effjax.report.latex import latex_document, latex_escape, latex_problems
@@ -20,21 +22,26 @@ from effjax.report.statistics import (
     welch,
     worst_corner,
 )
+from effjax.report.study import Study
 from effjax.report.tables import Cell, Column, Table, summarise
 
 __all__ = [
     "Cell",
     "Column",
     "Comparison",
+    "Front",
     "Grid",
     "Interval",
     "Section",
+    "Study",
     "Table",
     "Welch",
     "compare",
     "comparison_grid",
     "curves_plot",
     "footer",
+    "fronts",
+    "fronts_grid",
     "holm",
     "hypervolume",
     "image",
@@ -52,5 +59,6 @@ __all__ = [
     "welch",
     "whole",
     "worst_corner",
+    "write_report",
     "write_text",
 ]

@@ -31,6 +31,7 @@ def curves_plot(
     title: str = "",
     scale: float = 1.0,
     bottom: float | None = None,
+    top: float | None = None,
     width: float = COLUMN_INCHES,
     provenance: Mapping[str, Any] | None = None,
 ) -> "Figure":
@@ -41,7 +42,7 @@ def curves_plot(
       x: label across.
       y: label up.
       scale: multiplies the values.
-      bottom: where the axis begins; by default it holds every value.
+      bottom, top: where the axis begins and ends; by default it holds every value.
 
     Raises:
       ReportError: no series, or shapes that do not fit.
@@ -69,7 +70,7 @@ def curves_plot(
             ends.append((name, colour, float(steps[-1]), float(mean[-1])))
         axes.set_xlabel(x)
         axes.set_ylabel(y)
-        axes.set_ylim(bottom=bottom)
+        axes.set_ylim(bottom, top)
         set_title(axes, title)
         set_footer(figure, provenance)
         _label_ends(figure, axes, ends)

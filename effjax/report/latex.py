@@ -1,7 +1,7 @@
 """Text for LaTeX, and a checker of tables for where no LaTeX is installed."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -38,12 +38,20 @@ def latex_escape(text: str) -> str:
     return "".join(LATEX.get(c) or (c if ord(c) < 256 else f"[U+{ord(c):04X}]") for c in text)
 
 
-def latex_document(*tables: str) -> str:
-    """Tables as a document that compiles by itself."""
-    body = "\n\\bigskip\n\n".join(tables)
+def latex_document(*tables: str, figures: Iterable[str] = ()) -> str:
+    """Tables and figures (names of PDF files beside it) as a document that compiles by itself;
+    what is wider than the page is made to fit."""
+    fitted = [
+        f"\\sbox0{{%\n{table}}}%\n\\ifdim\\wd0>\\linewidth"
+        "\\resizebox{\\linewidth}{!}{\\usebox0}\\else\\usebox0\\fi\n"
+        for table in tables
+    ]
+    drawn = [f"\\includegraphics{{{name}}}\n" for name in figures]
+    body = "\n\\bigskip\n\n".join([*fitted, *drawn])
     return (
         "\\documentclass{article}\n\\usepackage[utf8]{inputenc}\n\\usepackage{booktabs}\n"
-        f"\\begin{{document}}\n\\noindent\n{body}\n\\end{{document}}\n"
+        "\\usepackage{graphicx}\n\\setlength{\\parindent}{0pt}\n"
+        f"\\begin{{document}}\n{body}\n\\end{{document}}\n"
     )
 
 

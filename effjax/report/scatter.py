@@ -19,6 +19,7 @@ from effjax.report.canvas import (
     set_title,
     style,
 )
+from effjax.report.fronts import LOG_FROM
 from effjax.report.labels import Box, place
 from effjax.report.pareto import pareto_front
 from effjax.report.tables import Cell, Column, Table
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LOG_FROM = 10.0  # a positive axis that spans more than this factor is logarithmic
+LEGEND_COLUMNS = 3
 
 
 def pareto_plot(
@@ -36,6 +37,7 @@ def pareto_plot(
     y: str,
     *,
     highlight: str | None = None,
+    series: Mapping[str, str] | None = None,
     title: str = "",
     width: float = COLUMN_INCHES,
     provenance: Mapping[str, Any] | None = None,
@@ -50,6 +52,8 @@ def pareto_plot(
       x: key of the column across, usually a cost.
       y: key of the column up, usually the accuracy.
       highlight: a name to stress.
+      series: {name: series}: the points of one series have one colour and marker and are joined by
+        a line, and a legend below names the series in place of labels at the points.
       width: in inches; by default one column of a paper.
       provenance: printed small underneath.
 
@@ -65,24 +69,28 @@ def pareto_plot(
     larger = (across.best == "max", up.best == "max")
     front = pareto_front([(a.mean, b.mean) for a, b in points], larger)
     with style():
-        figure, axes = new_figure(width, 0.74 * width + 0.3)
+        kinds = list(dict.fromkeys((series or {}).get(name, name) for name in names))
+        below = 0.14 * -(-len(kinds) // LEGEND_COLUMNS) if series else 0.0
+        figure, axes = new_figure(width, 0.74 * width + 0.3 + below)
         _axis(axes, "x", [a for a, _ in points], across)
         _axis(axes, "y", [b for _, b in points], up)
         outline = _staircase(axes, [(points[i][0].mean, points[i][1].mean) for i in front], larger)
         for i, (name, (a, b)) in enumerate(zip(names, points, strict=True)):
-            colour = COLOURS[i % len(COLOURS)]
+            kind = kinds.index((series or {}).get(name, name))
+            colour = COLOURS[kind % len(COLOURS)]
             stressed = name == highlight
             axes.errorbar(
                 a.mean,
                 b.mean,
                 xerr=a.std or None,
                 yerr=b.std or None,
-                fmt=MARKERS[i % len(MARKERS)],
+                fmt=MARKERS[kind % len(MARKERS)],
                 color=colour,
                 markerfacecolor=colour if i in front else "white",
-                markeredgewidth=1.1,
+                markeredgewidth=0.8 if series else 1.1,
                 # Points that coincide are nested, so that none is hidden.
-                markersize=(8 if stressed else 5.5) - 1.7 * _covered(axes, points, i),
+                markersize=(8 if stressed else 3.8 if series else 5.5)
+                - (0 if series else 1.7) * _covered(axes, points, i),
                 elinewidth=0.8,
                 capsize=1.8,
                 zorder=4 if stressed else 3,
@@ -90,7 +98,10 @@ def pareto_plot(
         set_title(axes, title)
         _corner(axes, larger)
         set_footer(figure, provenance)
-        _label_points(figure, axes, names, points, highlight, outline)
+        if series:
+            _join(figure, axes, kinds, [series.get(name, name) for name in names], points)
+        else:
+            _label_points(figure, axes, names, points, highlight, outline)
     return figure
 
 
@@ -151,6 +162,29 @@ def _staircase(
     base = np.full(len(outline), worst)
     axes.fill_between(outline[:, 0], outline[:, 1], base, color="#f6f6f6", linewidth=0, zorder=0)
     return outline
+
+
+def _join(
+    figure: "Figure",
+    axes: "Axes",
+    kinds: Sequence[str],
+    owners: Sequence[str],
+    points: Sequence[tuple[Cell, Cell]],
+) -> None:
+    """Joins the points of each series in the order of their cost, and names the series below."""
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for i, kind in enumerate(kinds):
+        mine = sorted(
+            (a.mean, b.mean) for (a, b), owner in zip(points, owners, strict=True) if owner == kind
+        )
+        colour = COLOURS[i % len(COLOURS)]
+        axes.plot(*zip(*mine, strict=True), color=colour, linewidth=0.8, alpha=0.7, zorder=2.5)
+        look: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "markersize": 3.8}
+        handles.append(Line2D([], [], color=colour, linewidth=0.8, label=kind, **look))
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": LEGEND_COLUMNS}
+    figure.legend(handles=handles, frameon=False, fontsize=6, columnspacing=1.2, **place)
 
 
 def _covered(axes: "Axes", points: Sequence[tuple[Cell, Cell]], index: int) -> int:

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,34 @@ def provenance(config: Any = None) -> dict[str, Any]:
     if config is not None:
         found["config_hash"] = config_hash(config)
     return found
+
+
+def brief(*sources: Mapping[str, Any]) -> dict[str, str]:
+    """Of one provenance, or of several together, what fits under a figure."""
+
+    def each(pick: Callable[[Mapping[str, Any]], Any]) -> list[str]:
+        return list(dict.fromkeys(str(found) for s in sources if (found := pick(s))))
+
+    def commit(source: Mapping[str, Any]) -> str:
+        whole = source.get("commit") or ""
+        return whole[:10] + ("-dirty" if whole.endswith("-dirty") else "")
+
+    def machine(source: Mapping[str, Any]) -> str:
+        found = source.get("hardware")
+        if not found:
+            return ""
+        where = f"{found['cpu']}, {found['cores']} cores"
+        return where if found["platform"] == "cpu" else f"{found['device']}, {where}"
+
+    configs = each(lambda s: s.get("config_hash"))
+    dates = sorted(each(lambda s: s.get("date", "")[:10]))
+    return {
+        "effjax": ", ".join(each(commit)),
+        "jax": ", ".join(each(lambda s: s.get("versions", {}).get("jax"))),
+        "on": "; ".join(each(machine)),
+        "config": ", ".join(configs) if len(configs) < 4 else f"{len(configs)} of them",
+        "date": " to ".join(dict.fromkeys([*dates[:1], *dates[-1:]])),
+    }
 
 
 def write_json(path: str | Path, value: Any) -> None:

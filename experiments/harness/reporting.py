@@ -1,109 +1,235 @@
-"""`python -m experiments report`: finished runs side by side in one table."""
+"""`python -m experiments report`: finished runs as a table, or as a folder with a whole report."""
 
 import argparse
-import json
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from experiments.harness.errors import ExperimentError
-from experiments.harness.provenance import provenance
-from experiments.harness.runs import read_json
+from experiments.harness.errors import RunError
+from experiments.harness.progress import say
+from experiments.harness.provenance import brief, provenance
+from experiments.harness.summaries import Finished, find_runs, is_number, read_rows, read_runs
+from experiments.harness.trainings import read_trainings
 
-# What a summary has beside its results.
-_NOT_RESULTS = {"config", "provenance", "seed", "step"}
-_BEST = {"accuracy": "max", "loss": "min", "bytes": "min", "macs": "min", "latency": "min"}
+if TYPE_CHECKING:
+    from effjax.report import Column, Study
+
+_ABOUT = """\
+Puts finished runs side by side: mean and standard deviation over seeds. Runs whose configs differ
+in nothing but the seed are averaged. With --out, writes a folder: Markdown, LaTeX, CSV, JSON,
+figures (PNG, SVG, PDF) and index.html, with the Pareto front, hypervolumes, tests against a
+baseline, training curves and what every layer was compressed to.
+"""
+_NOT_RESULTS = {"name", "series", "seed", "part", "layers", "folder"}
+_BEST = {
+    "accuracy": "max",
+    **dict.fromkeys(("loss", "error", "perplexity", "bytes", "macs", "flops"), "min"),
+    **dict.fromkeys(("parameters", "nonzeros", "latency", "seconds", "remaining"), "min"),
+}
+_QUALITIES = ("accuracy", "error", "perplexity", "loss")
+_COSTS = ("bytes", "effective_macs", "macs", "flops", "remaining", "parameters", "latency")
+_UNITS = {  # key: label, format, scale
+    "bytes": ("stored size (KB)", ",.1f", 1e-3),
+    "latency": ("latency (ms)", ".3g", 1e3),
+    **{key: (key.replace("_", " "), ",.0f", 1.0) for key in ("parameters", "nonzeros", "macs")},
+}
+_ALSO = {"kb": "bytes", "size": "bytes", "params": "parameters", "ms": "latency"}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the table in Markdown, and writes it with `--out`; returns the exit code."""
-    from effjax.report import Column, Section, page, summarise
-
+    """Prints the table in Markdown, and writes the report with `--out`; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments report",
-        description="Mean and standard deviation over the seeds of each config, as a table.",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, help="run folders, or an experiment's folder with its runs"
+        "runs",
+        nargs="*",
+        metavar="RUNS",
+        help="run folders, folders with runs below them, names of experiments, or patterns",
     )
-    parser.add_argument("--columns", help="results to show: accuracy,bytes; by default all numbers")
-    parser.add_argument("--out", type=Path, help="a folder for table.md, .tex, .csv and index.html")
-    asked = parser.parse_args(arguments)
-    rows = read_rows(asked.runs)
-    keys = asked.columns.split(",") if asked.columns else _shared_numbers(rows)
-    columns = [Column(key, key, ".4g", _better(key)) for key in keys]
-    table = summarise(rows, columns, heading="run")
-    print(table.markdown(), end="")
-    if asked.out is not None:
-        source = provenance()
-        asked.out.mkdir(parents=True, exist_ok=True)
-        html = page("Runs", [Section("Results", [table.html()])], provenance=source)
-        written = {
-            "table.md": table.markdown(source),
-            "table.tex": table.latex(source),
-            "table.csv": table.csv(source),
-            "index.html": html,
-        }
-        for name, text in written.items():
-            (asked.out / name).write_text(text, encoding="utf-8")
+    parser.add_argument("--out", type=Path, help="the report's folder")
+    parser.add_argument("--quality", help="what should be good: accuracy")
+    parser.add_argument("--cost", help="what it is set against: bytes (or kb), effective_macs, ...")
+    parser.add_argument("--columns", help="results in the table: accuracy,bytes; by default all")
+    parser.add_argument("--baseline", help="the name to compare the others with")
+    parser.add_argument("--curve", help="the metric of training curves: validation/accuracy")
+    parser.add_argument("--title", default="Runs", help="the page's heading")
+    parser.add_argument("--skip-unfinished", action="store_true", help="and say which")
+    asked = vars(parser.parse_args(arguments))
+    columns, out = asked.pop("columns"), asked.pop("out")
+    study, runs = make_study(columns=columns.split(",") if columns else None, **asked)
+    for note in study.notes:
+        say(note)
+    print(study.table._replace(caption="").markdown(), end="")
+    if out is not None:
+        say(f"report: {_write(out, study, runs)}")
     return 0
 
 
-def read_rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The results of runs as rows, one a name and seed.
+def report(runs: Sequence[str | Path] | str | Path, out: str | Path, **asked: Any) -> Path:
+    """Writes the report of finished runs, and returns the path of its page.
 
-    A summary with "rows" (a run of several arms) gives those; another gives one row of its numbers,
-    named by its experiment. Where the runs' configs differ, names tell in what.
+    Args:
+      runs: run folders, folders with runs below them, names of experiments, or patterns.
+      out: the folder to write; see `effjax.report.write_report` for what is in it.
+      **asked: as for `make_study`.
 
     Raises:
-      ExperimentError: a path that is no run, or a run that is not finished.
+      RunError: from `make_study`.
+      effjax.errors.ReportError: from the tables and figures.
     """
-    runs = list(dict.fromkeys(run for path in paths for run in _runs(path)))
-    found = [(read_json(run / "config.json") or {}, _summary(run)) for run in runs]
-    configs = [{k: v for k, v in asked["config"].items() if k != "seed"} for asked, _ in found]
-    fields = dict.fromkeys(field for config in configs for field in config)
-    differing = [f for f in fields if len({json.dumps(c.get(f)) for c in configs}) > 1]
-    rows = []
-    for (asked, summary), config in zip(found, configs, strict=True):
-        tag = ", ".join(f"{field}={config[field]}" for field in differing if field in config)
-        seed = asked["config"].get("seed", 0)
-        plain = {k: v for k, v in summary.items() if k not in _NOT_RESULTS and _is_number(v)}
-        for row in summary.get("rows") or [{"name": asked["experiment"], "seed": seed, **plain}]:
-            rows.append({**row, "name": f"{row['name']}, {tag}" if tag else row["name"]})
-    return rows
+    return _write(out, *make_study([runs] if isinstance(runs, (str, Path)) else runs, **asked))
 
 
-def _runs(path: Path) -> list[Path]:
-    if (path / "config.json").exists():
-        return [path.resolve()]
-    inside = sorted(p.parent.resolve() for p in path.glob("*/config.json"))
-    if not inside:
-        raise ExperimentError(
-            f"{path} is no run's folder, nor one that has runs: there is no config.json. Runs are "
-            "in runs/NAME/ID, or below $EFFJAX_RUNS."
-        )
-    return inside
+def make_study(
+    runs: Sequence[str | Path],
+    *,
+    quality: str | None = None,
+    cost: str | None = None,
+    columns: Sequence[str] | None = None,
+    baseline: str | None = None,
+    curve: str | None = None,
+    title: str = "Runs",
+    skip_unfinished: bool = False,
+) -> "tuple[Study, list[Finished]]":
+    """Reads runs, and chooses what to show of them.
+
+    Args:
+      runs: see `summaries.find_runs`.
+      quality, cost: keys of results; by default the first that is known and that runs have.
+      columns: keys of results in the table; by default those that the experiments declare, else the
+        numbers that all rows have.
+      baseline: a name or series; by default what an experiment declares.
+      curve: a metric of the trainings.
+      title: the page's heading.
+      skip_unfinished: leave unfinished runs out and note it, where they are an error otherwise.
+
+    Raises:
+      RunError: runs that are not there, not finished or contradict each other; a quality, cost or
+        metric that no run has.
+    """
+    from effjax.report import Study
+
+    found, notes = read_runs(find_runs(runs), skip_unfinished=skip_unfinished)
+    rows = read_rows(found)
+    declared = _declared(found)
+    up = _axis("quality", quality, _QUALITIES, rows, declared)
+    across = _axis("cost", cost, _COSTS, rows, declared)
+    keys = list(columns) if columns else _default_keys(rows, declared, (up, across))
+    for axis in (up, across):
+        lacking = [row["name"] for row in rows if axis and row.get(axis.key) is None]
+        if axis and lacking:
+            names = ", ".join(dict.fromkeys(lacking))
+            notes.append(f"Without {axis.key!r}, and so not in the figure: {names}.")
+    training = read_trainings(rows, up, curve)
+    baseline = baseline or next(
+        (run.summary["baseline"] for run in found if "baseline" in run.summary), None
+    )
+    if baseline is not None and len({run.record.get("experiment") for run in found}) > 1:
+        series = dict.fromkeys(row["series"] for row in rows)
+        baseline = next((name for name in series if name.endswith(f": {baseline}")), baseline)
+    study = Study(
+        rows=rows,
+        columns=[_column(key, rows, declared) for key in keys],
+        quality=up,
+        cost=across,
+        baseline=baseline,
+        curves=training.curves,
+        curve=training.curve,
+        title=title,
+        notes=[*notes, *training.notes],
+    )
+    return study, found
 
 
-def _summary(run: Path) -> dict[str, Any]:
-    summary = read_json(run / "summary.json")
-    if summary is None:
-        raise ExperimentError(f"{run} is not finished: it has no summary.json. Run it to its end.")
-    return summary
+def _write(out: str | Path, study: "Study", runs: Sequence[Finished]) -> Path:
+    from effjax.report import write_report
+
+    sources = {
+        run.label: run.summary.get("provenance") or run.record.get("provenance", {}) for run in runs
+    }
+    short = brief(*sources.values())
+    now = provenance()
+    return write_report(out, study, short, {**sources, "this report": now})
 
 
-def _shared_numbers(rows: list[dict[str, Any]]) -> list[str]:
-    """The entries that are numbers in every row."""
-    keys = [key for key in rows[0] if key not in ("name", "seed")]
-    found = [key for key in keys if all(_is_number(row.get(key)) for row in rows)]
-    if not found:
-        raise ExperimentError("these runs have no result in common; choose some with --columns.")
+def _declared(runs: Sequence[Finished]) -> "dict[str, Column]":
+    """The columns that summaries declare, the first of a key."""
+    from effjax.report import Column
+
+    found: dict[str, Column] = {}
+    for run in runs:
+        for entry in run.summary.get("columns", []):
+            try:
+                column = Column(**entry)
+            except TypeError as error:
+                raise RunError(
+                    f"{run.path / 'summary.json'} declares a column {entry!r} that is none: "
+                    f"{error}. A column has {list(Column._fields)}."
+                ) from error
+            found.setdefault(column.key, column)
     return found
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _numbers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys of results that are a number in some row."""
+    keys = dict.fromkeys(key for row in rows for key in row if key not in _NOT_RESULTS)
+    return [key for key in keys if any(is_number(row.get(key)) for row in rows)]
 
 
-def _better(key: str) -> Any:
-    return next((best for word, best in _BEST.items() if word in key), None)
+def _default_keys(
+    rows: Sequence[Mapping[str, Any]],
+    declared: "Mapping[str, Column]",
+    axes: "Sequence[Column | None]",
+) -> list[str]:
+    known = _numbers(rows)
+    shared = [key for key in known if all(is_number(row.get(key)) for row in rows)]
+    first = [axis.key for axis in axes if axis]
+    chosen = [key for key in declared if key in known] or shared
+    if not chosen and not first:
+        raise RunError(
+            f"these runs have no result in common; choose some with --columns: {', '.join(known)}."
+        )
+    return list(dict.fromkeys([*(k for k in first if k not in chosen), *chosen]))
+
+
+def _axis(
+    role: str,
+    asked: str | None,
+    usual: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    declared: "Mapping[str, Column]",
+) -> "Column | None":
+    """The column of quality or cost, with its better end; None where none is asked or known."""
+    known = _numbers(rows)
+    if asked is None:
+        exact = [key for key in usual if key in known]
+        near = [key for word in usual for key in known if word in key.replace(" ", "_")]
+        found = next(iter([*exact, *near]), None)
+    else:
+        found = asked if asked in known else _ALSO.get(asked.lower(), asked)
+    if found is None:
+        return None
+    if found not in known:
+        near = difflib.get_close_matches(str(asked), known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise RunError(f"no run has the {role} {asked!r}.{hint} There are: {', '.join(known)}.")
+    column = _column(found, rows, declared)
+    return column._replace(best=column.best or ("max" if role == "quality" else "min"))
+
+
+def _column(
+    key: str, rows: Sequence[Mapping[str, Any]], declared: "Mapping[str, Column]"
+) -> "Column":
+    from effjax.report import Column
+
+    if key in declared:
+        return declared[key]
+    best: Any = next((end for word, end in _BEST.items() if word in key), None)
+    if key in _UNITS:
+        label, form, scale = _UNITS[key]
+        return Column(key, label, form, best, scale)
+    return Column(key, key, ".4g", best)
