@@ -224,7 +224,22 @@ def compete(
             for arm, (params, masks) in arms.items()
         }
         which = {"round": round_, "seed": seed, "remaining": remaining(ticket.masks)}
-        yield [{"arm": arm, **which, **found.row} for arm, found in trained.items()]
+        layers = {
+            path: {"sparsity": 1.0 - float(mask.mean()), "bits": 32}
+            for path, mask in ticket.masks.items()
+        }  # of random masks as well: they have as many weights in each layer
+        yield [
+            {
+                "name": f"{arm}, round {round_}",
+                "series": arm,
+                "part": folder(seed, round_, arm),
+                "layers": layers,
+                "arm": arm,
+                **which,
+                **found.row,
+            }
+            for arm, found in trained.items()
+        ]
         ticket = prune(ticket, trained[TICKET].params)
 
 
@@ -246,6 +261,7 @@ def run(config: Config) -> dict[str, Any]:
         "curves": curves(here, config),
     }
     results |= {"published": PUBLISHED, "measured": compare(rows, config.rounds)}
+    results |= {"columns": [column._asdict() for column in COLUMNS], "baseline": TICKET}
     publish(here, results, tables, figures, config.save)
     return {name: f"{x['mean']:.2f} ± {x['std']:.2f}" for name, x in results["measured"].items()}
 
@@ -267,7 +283,14 @@ def _line(rows: list[dict[str, Any]]) -> str:
     )
 
 
-# What is reported.
+# What is reported. The columns are those of `python -m experiments report`.
+
+COLUMNS = (
+    Column("early test/accuracy", "test accuracy at early stopping (%)", ".2f", "max", 100),
+    Column("final test/accuracy", "test accuracy at the end (%)", ".2f", "max", 100),
+    Column("iteration", "early-stop iteration", ",.0f", "min"),
+    Column("remaining", "weights left (%)", ".3g", "min", 100),
+)
 
 
 def at_round(rows: list[dict[str, Any]], arm: str, round_: int, key: str) -> np.ndarray:

@@ -199,6 +199,12 @@ class Trainer:
         return {
             "name": self.name,
             "seed": seed,
+            "part": self.part(seed),
+            "layers": {
+                path: {"sparsity": 1.0 - np.count_nonzero(x) / x.size, "bits": 32}
+                for path, x in leaves(params).items()
+                if path.endswith("kernel")
+            },
             "error": 1.0 - metrics["test/accuracy"],
             "validation error": 1.0 - metrics["validation/accuracy"],
             "bytes": ej.footprint(small).totals.bytes,
@@ -280,6 +286,7 @@ def run(config: Config) -> dict[str, Any]:
         say(f"{name}: test error {np.mean(errors):.2%}, {np.mean(stored):,.0f} bytes")
     results = {"rows": rows, "steps": steps, "seconds": time.monotonic() - began}
     results |= {"published": PUBLISHED, "pixels": pixels, "curves": curves}
+    results |= {"columns": [column._asdict() for column in COLUMNS], "baseline": DENSE}
     publish(here, results, tables, figures, config.save)
     found = {}
     for name in dict.fromkeys(row["name"] for row in rows):

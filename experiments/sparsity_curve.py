@@ -200,10 +200,14 @@ class Trainer:
             log_every=max(1, self.steps // 50),
         ).metrics
         return {
+            "name": self.name if self.name == DENSE else f"{self.name} {100 * sparsity:g}%",
+            "series": self.name,
+            "part": part.path.name,
             "method": self.name,
             "asked": sparsity,
             "seed": seed,
             "sparsity": last.get("prune/sparsity", 0.0),
+            "left": 1.0 - last.get("prune/sparsity", 0.0),
             "accuracy": last["test/accuracy"],
             "validation": last["validation/accuracy"],
         }
@@ -227,7 +231,8 @@ def run(config: Config) -> dict[str, Any]:
             accuracy = np.mean([row["accuracy"] for row in rows[-config.seeds :]])
             say(f"{name} at {sparsity:.1%}: {accuracy:.2%} ({time.monotonic() - since:.0f} s)")
     results: dict[str, Any] = {"rows": rows, "steps": steps, "seconds": time.monotonic() - began}
-    results |= {"published": PUBLISHED}
+    results |= {"published": PUBLISHED, "baseline": DENSE}
+    results["columns"] = [column._asdict() for column in COLUMNS]
     results["order"] = {f"{s:g}": order(rows, s) for s in config.sparsities}
     publish(here, results, tables, figures, config.save)
     return {
@@ -238,6 +243,12 @@ def run(config: Config) -> dict[str, Any]:
         )
         for s, found in results["order"].items()
     }
+
+
+COLUMNS = (
+    Column("accuracy", "test accuracy (%)", ".2f", "max", 100),
+    Column("left", "weights left in the pruned layers (%)", ".3g", "min", 100),
+)  # of `python -m experiments report`
 
 
 def accuracies(rows: list[dict[str, Any]], method: str, sparsity: float) -> np.ndarray:

@@ -118,9 +118,28 @@ def set_footer(figure: "Figure", provenance: Mapping[str, Any] | None) -> None:
     """The provenance, small, underneath."""
     if provenance and flatten(provenance):
         line = footer(provenance)
-        characters = int(figure.get_size_inches()[0] * 38)
+        characters = int(figure.get_size_inches()[0] * 30)
         wrapped = "\n".join(textwrap.wrap(line, characters))
         figure.supxlabel(wrapped, x=0.01, ha="left", fontsize=4.5, color=GREY)
+
+
+def legend_above(figure: "Figure", handles: Sequence[Any]) -> None:
+    """A legend above the axes, in as many columns as the width has room for."""
+    longest = max(len(handle.get_label()) for handle in handles)
+    figure.legend(
+        handles=list(handles),
+        loc="outside upper left",
+        ncols=legend_columns(figure.get_size_inches()[0], len(handles), longest),
+        frameon=False,
+        fontsize=6,
+        handlelength=1.6,
+        columnspacing=1.2,
+    )
+
+
+def legend_columns(width: float, entries: int, longest: int) -> int:
+    """How many columns of a legend fit a width in inches; `longest` counts letters."""
+    return max(1, min(entries, int((72 * width - 4) / (3.5 * longest + 24))))
 
 
 def freeze(figure: "Figure") -> Callable[[Any], Box]:

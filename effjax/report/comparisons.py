@@ -13,8 +13,9 @@ from effjax.report.tables import MISSING, Column
 class Comparison(NamedTuple):
     """One method against the baseline, in one metric.
 
-    difference: of the means, the method's minus the baseline's, scaled as the column is.
-    interval: the paired bootstrap's over the seeds that both have; None for fewer than two.
+    difference: of the means, the method's minus the baseline's, scaled as the column is; over the
+      seeds that both have, or all seeds where they share fewer than two.
+    interval: the paired bootstrap's over the shared seeds; None for fewer than two.
     p, p_holm: Welch's test over all seeds, raw and by Holm's rule among all the methods compared;
       NaN where a side has one seed only, or where nothing varies.
     seeds: how many (the method's, the baseline's).
@@ -72,7 +73,8 @@ def compare(
         shared = [s for s in own if s in base]
         a, b = [own[s] for s in shared], [base[s] for s in shared]
         interval = paired_bootstrap(a, b, level=level) if len(shared) > 1 else None
-        difference = sum(own.values()) / len(own) - sum(base.values()) / len(base)
+        means = sum(own.values()) / len(own), sum(base.values()) / len(base)
+        difference = interval.difference if interval else means[0] - means[1]
         found.append(Comparison(name, difference, interval, p, adjusted, (len(own), len(base))))
     return found
 
@@ -99,9 +101,9 @@ def comparison_grid(found: Sequence[Comparison], baseline: str, column: Column) 
     level = f"{levels.pop():.0%}" if len(levels) == 1 else ""
     head = [f"{column.label}, minus {baseline}", "difference", f"{level} interval".strip()]
     caption = (
-        "Differences of means over seeds. Interval: paired bootstrap (BCa) over the seeds that "
-        "both "
-        "sides have. p: Welch's t-test, two-sided; Holm: corrected for all rows of this table. "
+        "Differences of means over the seeds that both sides have. Interval: paired bootstrap (BCa) "
+        "over them. p: Welch's t-test over all seeds, two-sided; Holm: corrected for all rows of "
+        "this table. "
         f'"{MISSING}": too few seeds, or seeds that do not differ.'
     )
     return Grid([*head, "p (Welch)", "p (Holm)", "seeds"], rows, {}, caption)

@@ -11,6 +11,8 @@ from effjax.report.canvas import (
     COLUMN_INCHES,
     INK,
     freeze,
+    legend_above,
+    legend_columns,
     new_figure,
     set_footer,
     set_title,
@@ -21,6 +23,8 @@ from effjax.report.labels import spread
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+LONG = 22  # letters of a name beside a figure that is a column wide
 
 
 def curves_plot(
@@ -38,7 +42,8 @@ def curves_plot(
     """Training curves: the mean over seeds as a line and one standard deviation as a band.
 
     Args:
-      series: {name: (steps [n], values [n] or [seeds, n])}; each line is named at its right end.
+      series: {name: (steps [n], values [n] or [seeds, n])}; each line is named at its right end,
+        or in a legend above where names are long.
       x: label across.
       y: label up.
       scale: multiplies the values.
@@ -50,8 +55,11 @@ def curves_plot(
     if not series:
         raise ReportError("there are no curves to draw.")
     with style():
-        figure, axes = new_figure(width, 0.74 * width + 0.3)
-        ends = []
+        longest = max(map(len, series))
+        beside = longest <= LONG * width / COLUMN_INCHES
+        rows = 0 if beside else -(-len(series) // legend_columns(width, len(series), longest))
+        figure, axes = new_figure(width, 0.74 * width + 0.3 + 0.14 * rows)
+        ends, lines = [], []
         for i, (name, (steps, values)) in enumerate(series.items()):
             runs = np.atleast_2d(np.asarray(values, np.float64)) * scale
             if runs.shape[1] != len(steps) or not len(steps):
@@ -62,7 +70,8 @@ def curves_plot(
             colour, mean = COLOURS[i % len(COLOURS)], runs.mean(axis=0)
             # Lines that lie on each other are told apart by their dashes as well.
             dashes = "-" if i < len(COLOURS) else "--"
-            axes.plot(steps, mean, color=colour, linewidth=1.2, linestyle=dashes, zorder=3)
+            look: dict[str, Any] = {"color": colour, "linewidth": 1.2, "linestyle": dashes}
+            lines += axes.plot(steps, mean, label=name, zorder=3, **look)
             if len(runs) > 1:
                 std = runs.std(axis=0, ddof=1)
                 low, high = mean - std, mean + std
@@ -73,7 +82,10 @@ def curves_plot(
         axes.set_ylim(bottom, top)
         set_title(axes, title)
         set_footer(figure, provenance)
-        _label_ends(figure, axes, ends)
+        if beside:
+            _label_ends(figure, axes, ends)
+        else:
+            legend_above(figure, lines)
     return figure
 
 

@@ -11,6 +11,8 @@ from effjax.report.canvas import (
     COLUMN_INCHES,
     GREY,
     INK,
+    legend_above,
+    legend_columns,
     new_figure,
     set_footer,
     style,
@@ -76,7 +78,8 @@ def layers_plot(
             "some of them."
         )
     bar = 0.82 / len(models)
-    height = 0.65 + len(layers) * max(0.2, 0.11 * len(models)) + 0.14 * (len(models) > 1)
+    rows = -(-len(models) // legend_columns(width, len(models), max(map(len, models))))
+    height = 0.65 + len(layers) * max(0.2, 0.11 * len(models)) + 0.14 * rows * (len(models) > 1)
     with style():
         figure, first = new_figure(width, height)
         first.remove()
@@ -98,8 +101,7 @@ def layers_plot(
             from matplotlib.patches import Patch
 
             handles = [Patch(color=c, label=n) for c, n in zip(COLOURS, models, strict=False)]
-            place: dict[str, Any] = {"loc": "outside upper left", "ncols": min(len(models), 4)}
-            figure.legend(handles=handles, frameon=False, fontsize=6, handlelength=1.0, **place)
+            legend_above(figure, handles)
         set_footer(figure, provenance)
     return figure
 

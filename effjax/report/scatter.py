@@ -14,6 +14,8 @@ from effjax.report.canvas import (
     INK,
     MARKERS,
     freeze,
+    legend_above,
+    legend_columns,
     new_figure,
     set_footer,
     set_title,
@@ -27,8 +29,6 @@ from effjax.report.tables import Cell, Column, Table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-LEGEND_COLUMNS = 3
 
 
 def pareto_plot(
@@ -53,7 +53,7 @@ def pareto_plot(
       y: key of the column up, usually the accuracy.
       highlight: a name to stress.
       series: {name: series}: the points of one series have one colour and marker and are joined by
-        a line, and a legend below names the series in place of labels at the points.
+        a line, and a legend above names the series in place of labels at the points.
       width: in inches; by default one column of a paper.
       provenance: printed small underneath.
 
@@ -70,8 +70,8 @@ def pareto_plot(
     front = pareto_front([(a.mean, b.mean) for a, b in points], larger)
     with style():
         kinds = list(dict.fromkeys((series or {}).get(name, name) for name in names))
-        below = 0.14 * -(-len(kinds) // LEGEND_COLUMNS) if series else 0.0
-        figure, axes = new_figure(width, 0.74 * width + 0.3 + below)
+        rows = -(-len(kinds) // legend_columns(width, len(kinds), max(map(len, kinds))))
+        figure, axes = new_figure(width, 0.74 * width + 0.3 + (0.14 * rows if series else 0))
         _axis(axes, "x", [a for a, _ in points], across)
         _axis(axes, "y", [b for _, b in points], up)
         outline = _staircase(axes, [(points[i][0].mean, points[i][1].mean) for i in front], larger)
@@ -171,10 +171,10 @@ def _join(
     owners: Sequence[str],
     points: Sequence[tuple[Cell, Cell]],
 ) -> None:
-    """Joins the points of each series in the order of their cost, and names the series below."""
+    """Joins the points of each series in the order of their cost, and names the series above."""
     from matplotlib.lines import Line2D
 
-    handles = []
+    handles: list[Line2D] = []
     for i, kind in enumerate(kinds):
         mine = sorted(
             (a.mean, b.mean) for (a, b), owner in zip(points, owners, strict=True) if owner == kind
@@ -183,8 +183,7 @@ def _join(
         axes.plot(*zip(*mine, strict=True), color=colour, linewidth=0.8, alpha=0.7, zorder=2.5)
         look: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "markersize": 3.8}
         handles.append(Line2D([], [], color=colour, linewidth=0.8, label=kind, **look))
-    place: dict[str, Any] = {"loc": "outside lower center", "ncols": LEGEND_COLUMNS}
-    figure.legend(handles=handles, frameon=False, fontsize=6, columnspacing=1.2, **place)
+    legend_above(figure, handles)
 
 
 def _covered(axes: "Axes", points: Sequence[tuple[Cell, Cell]], index: int) -> int:

@@ -135,10 +135,9 @@ class Study:
         if not found or self.curve is None:
             return {}
         curve, drawn = self.curve, {}
-        limits = _limits(found, curve)
         for stem, names in _parts("curves", list(found), LINES):
             some = {name: found[name] for name in names}
-            scale: dict[str, Any] = {"scale": curve.scale, **limits}
+            scale: dict[str, Any] = {"scale": curve.scale, **_limits(some, curve)}
             figure = curves_plot(some, "training step", curve.label, **scale, provenance=provenance)
             drawn[stem] = (figure, f"{curve.label} in training")
         return drawn

@@ -15,7 +15,7 @@ from experiments.harness.progress import say
 _USAGE = """usage: python -m experiments list
        python -m experiments NAME [--id ID] [--FIELD VALUE ...]
        python -m experiments NAME --help
-       python -m experiments report RUNS ... [--columns a,b] [--out FOLDER]
+       python -m experiments report RUNS ... [--quality a] [--cost b] [--out FOLDER]
 
 Runs go to runs/NAME/ID, or below $EFFJAX_RUNS. The same command again goes on with the same run.
 """
