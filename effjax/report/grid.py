@@ -1,6 +1,7 @@
 """Cells of text, ranked, written as Markdown, LaTeX and HTML."""
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,7 +51,8 @@ class Grid(NamedTuple):
         lines += [" & ".join(map(latex_escape, self.head)) + r" \\", r"\midrule"]
         for i, row in enumerate(self.rows):
             cells = (
-                MARKS.get(self.ranks.get((i, j), 0), "%s") % latex_escape(text)
+                MARKS.get(self.ranks.get((i, j), 0), "%s")
+                % latex_escape(_minus(text) if j else text)
                 for j, text in enumerate(row)
             )
             lines.append(" & ".join(cells) + r" \\")
@@ -70,6 +72,11 @@ class Grid(NamedTuple):
         return (
             f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
         )
+
+
+def _minus(text: str) -> str:
+    """Hyphens before numbers as minus signs."""
+    return re.sub(r"(^|[\[ ])-(?=\d)", "\\1\N{MINUS SIGN}", text)
 
 
 def _markdown_escape(text: str) -> str:

@@ -50,7 +50,7 @@ def latex_document(*tables: str, figures: Iterable[str] = ()) -> str:
     body = "\n\\bigskip\n\n".join([*fitted, *drawn])
     return (
         "\\documentclass{article}\n\\usepackage[utf8]{inputenc}\n\\usepackage{booktabs}\n"
-        "\\usepackage{graphicx}\n\\setlength{\\parindent}{0pt}\n"
+        "\\usepackage{graphicx}\n\\usepackage[margin=2cm]{geometry}\n\\setlength{\\parindent}{0pt}\n"
         f"\\begin{{document}}\n{body}\n\\end{{document}}\n"
     )
 

@@ -19,7 +19,7 @@ from effjax.report.tables import Column, Row, Table, summarise
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LABELLED = 10  # names up to which the points of a figure are labelled
+LABELLED, LETTERS = 10, 120  # names, and letters in them, that have room at a figure's points
 LINES = 4  # in one figure of curves: more bands than these cover each other
 MODELS = 3  # in one chart of layers
 Curves = Mapping[str, tuple[Sequence[float], Any]]  # {name: (steps [n], values [seeds, n])}
@@ -126,7 +126,8 @@ class Study:
         cost, quality = self.axes
         # With the axes' columns among the table's, whichever it shows.
         both = summarise([r for r in self.rows if _has(r, self.axes)], (cost, quality))
-        series = self.series if len(both.names) > LABELLED else None
+        crowded = len(both.names) > LABELLED or sum(map(len, both.names)) > LETTERS
+        series = self.series if crowded else None
         figure = pareto_plot(both, cost.key, quality.key, series=series, provenance=provenance)
         return {"pareto": (figure, f"{quality.label} against {cost.label}, with the Pareto front")}
 

@@ -21,7 +21,7 @@ in nothing but the seed are averaged. With --out, writes a folder: Markdown, LaT
 figures (PNG, SVG, PDF) and index.html, with the Pareto front, hypervolumes, tests against a
 baseline, training curves and what every layer was compressed to.
 """
-_NOT_RESULTS = {"name", "series", "seed", "part", "layers", "folder"}
+_NOT_RESULTS = {"name", "series", "seed", "part", "layers", "folder", "experiment"}
 _BEST = {
     "accuracy": "max",
     **dict.fromkeys(("loss", "error", "perplexity", "bytes", "macs", "flops"), "min"),
@@ -189,6 +189,12 @@ def _default_keys(
     shared = [key for key in known if all(is_number(row.get(key)) for row in rows)]
     first = [axis.key for axis in axes if axis]
     chosen = [key for key in declared if key in known] or shared
+    if len({row["experiment"] for row in rows}) > 1:  # what one alone has is no comparison
+        chosen = [
+            key
+            for key in chosen
+            if len({row["experiment"] for row in rows if is_number(row.get(key))}) > 1
+        ]
     if not chosen and not first:
         raise RunError(
             f"these runs have no result in common; choose some with --columns: {', '.join(known)}."
@@ -206,9 +212,11 @@ def _axis(
     """The column of quality or cost, with its better end; None where none is asked or known."""
     known = _numbers(rows)
     if asked is None:
+        end = "max" if role == "quality" else "min"
         exact = [key for key in usual if key in known]
         near = [key for word in usual for key in known if word in key.replace(" ", "_")]
-        found = next(iter([*exact, *near]), None)
+        said = [key for key in known if key in declared and declared[key].best == end]
+        found = next(iter([*exact, *near, *said]), None)
     else:
         found = asked if asked in known else _ALSO.get(asked.lower(), asked)
     if found is None:
@@ -218,7 +226,8 @@ def _axis(
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise RunError(f"no run has the {role} {asked!r}.{hint} There are: {', '.join(known)}.")
     column = _column(found, rows, declared)
-    return column._replace(best=column.best or ("max" if role == "quality" else "min"))
+    usually: Any = "max" if role == "quality" else "min"
+    return column._replace(best=column.best or _better(found) or usually)
 
 
 def _column(
@@ -228,8 +237,13 @@ def _column(
 
     if key in declared:
         return declared[key]
-    best: Any = next((end for word, end in _BEST.items() if word in key), None)
+    best = _better(key)
     if key in _UNITS:
         label, form, scale = _UNITS[key]
         return Column(key, label, form, best, scale)
     return Column(key, key, ".4g", best)
+
+
+def _better(key: str) -> Any:
+    """Which end is better, as far as a key's words say."""
+    return next((end for word, end in _BEST.items() if word in key), None)

@@ -149,7 +149,8 @@ def _changed(a: Finished, b: Finished) -> str:
 
 
 def read_rows(runs: Sequence[Finished]) -> list[dict[str, Any]]:
-    """The runs' rows, each with its "name", "series", "seed", and the "folder" of its metrics.
+    """The runs' rows, each with its "name", "series", "seed", "experiment", and the "folder" of its
+    metrics.
 
     Where configs of one experiment differ in more than seeds, names tell in what; where there are
     several experiments, names tell which.
@@ -168,7 +169,7 @@ def read_rows(runs: Sequence[Finished]) -> list[dict[str, Any]]:
             name, series = (before + str(row.get(key, row["name"])) for key in ("name", "series"))
             row = {"seed": run.record.get("config", {}).get("seed", 0), **row}
             row |= {"name": f"{name}, {tag}" if tag else name, "series": series}
-            row["folder"] = run.path / row.get("part", "")
+            row |= {"folder": run.path / row.get("part", ""), "experiment": experiment}
             rows.append(row)
             other = owner.setdefault((row["name"], row["seed"]), run)
             if other is not run:

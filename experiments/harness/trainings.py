@@ -1,5 +1,6 @@
 """Training curves of finished runs, from the metrics.jsonl that each row points to."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,13 +44,15 @@ def read_trainings(
         raise RunError(
             f"no run recorded the metric {metric!r} in training; there are {list(keys)}."
         )
-    chosen = metric or next((key for key in _wanted(quality) if key in keys), None)
-    if chosen is None:
+    wanted = [(metric,)] if metric else _wanted(quality)
+    group = next((group for group in wanted if any(key in keys for key in group)), None)
+    if group is None:
         return Trainings({}, None, [])
     by_name: dict[str, list[dict[float, float]]] = {}
     without = []
     for name, log in logs:
-        points = {r["step"]: float(r[chosen]) for r in log if is_number(r.get(chosen))}
+        own = next((key for key in group if any(key in record for record in log)), group[0])
+        points = {r["step"]: float(r[own]) for r in log if is_number(r.get(own))}
         if points:
             by_name.setdefault(name, []).append(points)
         else:
@@ -62,16 +65,15 @@ def read_trainings(
         else:
             without.append(name)
     missing = ", ".join(dict.fromkeys(without))
-    notes = (
-        [f"No training curve of {chosen!r}, or not of every seed: {missing}."] if missing else []
-    )
-    return Trainings(curves, _column(chosen, quality), notes)
+    note = f"No training curve of {group[0]!r}, or not of every seed: {missing}."
+    return Trainings(curves, _column(group[0], quality), [note] if missing else [])
 
 
-def _wanted(quality: "Column | None") -> list[str]:
+def _wanted(quality: "Column | None") -> list[tuple[str, ...]]:
+    """Metrics in order of interest; those of one group are names of the same."""
     own = _plain(quality)
-    first = [f"validation/{own}", "validation", own] if own else []
-    return [*first, "validation/accuracy", "validation/loss", "loss"]
+    first: list[tuple[str, ...]] = [(f"validation/{own}", "validation"), (own,)] if own else []
+    return [*first, ("validation/accuracy",), ("validation/loss",), ("loss",)]
 
 
 def _plain(quality: "Column | None") -> str:
@@ -81,9 +83,11 @@ def _plain(quality: "Column | None") -> str:
 def _column(key: str, quality: "Column | None") -> "Column":
     from effjax.report import Column
 
-    if quality and key in (f"validation/{_plain(quality)}", "validation", _plain(quality)):
-        label = quality.label.replace("test", "validation") if "test" in quality.label else key
-        return quality._replace(key=key, label=label)
+    plain = _plain(quality)
+    if quality and key in (f"validation/{plain}", plain):
+        unit = re.search(r" \([^()]*\)$", quality.label)
+        split = "" if key == plain else "validation "
+        return quality._replace(key=key, label=split + plain + (unit[0] if unit else ""))
     if key == "validation/accuracy":
         return Column(key, "validation accuracy (%)", ".2f", "max", 100)
     return Column(key, key.replace("/", " "), ".4g", "min" if "loss" in key else None)
