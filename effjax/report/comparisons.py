@@ -102,9 +102,8 @@ def comparison_grid(found: Sequence[Comparison], baseline: str, column: Column) 
     head = [f"{column.label}, minus {baseline}", "difference", f"{level} interval".strip()]
     caption = (
         "Differences of means over the seeds that both sides have. Interval: paired bootstrap "
-        "(BCa) over them. p: Welch's t-test over all seeds, two-sided; Holm: corrected for all rows of "
-        "this table. "
-        f'"{MISSING}": too few seeds, or seeds that do not differ.'
+        "(BCa) over them. p: Welch's t-test over all seeds, two-sided; Holm: corrected for all "
+        f'rows of this table. "{MISSING}": too few seeds, or seeds that do not differ.'
     )
     return Grid([*head, "p (Welch)", "p (Holm)", "seeds"], rows, {}, caption)
 

@@ -187,7 +187,7 @@ def _default_keys(
 ) -> list[str]:
     known = _numbers(rows)
     shared = [key for key in known if all(is_number(row.get(key)) for row in rows)]
-    first = [axis.key for axis in axes if axis]
+    quality, cost = ([axis.key] if axis else [] for axis in axes)
     chosen = [key for key in declared if key in known] or shared
     if len({row["experiment"] for row in rows}) > 1:  # what one alone has is no comparison
         chosen = [
@@ -195,11 +195,12 @@ def _default_keys(
             for key in chosen
             if len({row["experiment"] for row in rows if is_number(row.get(key))}) > 1
         ]
-    if not chosen and not first:
+    if not (chosen or quality or cost):
         raise RunError(
             f"these runs have no result in common; choose some with --columns: {', '.join(known)}."
         )
-    return list(dict.fromkeys([*(k for k in first if k not in chosen), *chosen]))
+    first = [key for key in quality if key not in chosen]
+    return list(dict.fromkeys([*first, *chosen, *cost]))
 
 
 def _axis(

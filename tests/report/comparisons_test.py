@@ -60,3 +60,12 @@ def test_the_grid_says_what_was_done():
 def test_an_unknown_baseline_is_refused():
     with pytest.raises(ReportError, match=r"no baseline 'dens' .* \['dense', 'sparse', 'tiny'\]"):
         compare(ROWS, "dens", ACC)
+
+
+def test_the_difference_is_over_the_seeds_of_its_interval():
+    rows = [{"name": "dense", "seed": s, "acc": 0.5 + s} for s in range(4)]
+    rows += [{"name": "sparse", "seed": s, "acc": 0.4 + s} for s in (2, 3)]
+    [found] = compare(rows, "dense", ACC._replace(scale=1))
+    assert found.difference == pytest.approx(-0.1)
+    assert found.interval.low <= found.difference <= found.interval.high
+    assert found.seeds == (2, 4)
