@@ -98,10 +98,10 @@ def sources_grid(sources: Mapping[str, Mapping[str, Any]]) -> Grid:
         commit, hardware = source.get("commit") or "-", source.get("hardware", {})
         short = commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")
         versions = ", ".join(
-            f"{name} {source.get('versions', {}).get(name)}" for name in ("jax", "flax", "python")
+            f"{name} {source.get('versions', {}).get(name)}" for name in ("jax", "flax")
         )
         where = f"{hardware.get('device', '-')}, {hardware.get('cpu', '-')}"
-        when = source.get("date", "-")
+        when = source.get("date", "-")[:16].replace("T", " ")
         rows.append([label, short, versions, where, source.get("config_hash", "-"), when])
     return Grid(["run", "commit", "versions", "hardware", "config", "date"], rows)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LABELLED, LETTERS = 10, 120  # names, and letters in them, that have room at a figure's points
+LINE = 3  # points that a series is drawn as a line from
 LINES = 4  # in one figure of curves: more bands than these cover each other
 MODELS = 3  # in one chart of layers
 Curves = Mapping[str, tuple[Sequence[float], Any]]  # {name: (steps [n], values [seeds, n])}
@@ -127,7 +128,9 @@ class Study:
         # With the axes' columns among the table's, whichever it shows.
         both = summarise([r for r in self.rows if _has(r, self.axes)], (cost, quality))
         crowded = len(both.names) > LABELLED or sum(map(len, both.names)) > LETTERS
-        series = self.series if crowded else None
+        owners = [self.series[name] for name in both.names]
+        lines = max(map(owners.count, owners)) >= LINE
+        series = self.series if crowded or lines else None
         figure = pareto_plot(both, cost.key, quality.key, series=series, provenance=provenance)
         return {"pareto": (figure, f"{quality.label} against {cost.label}, with the Pareto front")}
 

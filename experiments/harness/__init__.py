@@ -10,5 +10,7 @@ Import what is needed from its module:
 | `loop` | `fit(run, step, state, batches, steps=...)`: train, log, evaluate, checkpoint, resume |
 | `config` | `check(config, sparsity=(0, 1))`: bounds of a Config's fields |
 | `provenance` | `provenance()`, `write_json` |
-| `cli`, `reporting` | `python -m experiments` |
+| `reporting` | `report(runs, out)`: finished runs as tables, figures and a page |
+| `summaries` | what a summary.json holds, so that it can be reported on |
+| `cli` | `python -m experiments` |
 """

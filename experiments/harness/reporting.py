@@ -1,15 +1,14 @@
 """`python -m experiments report`: finished runs as a table, or as a folder with a whole report."""
 
 import argparse
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.harness.errors import RunError
 from experiments.harness.progress import say
 from experiments.harness.provenance import brief, provenance
-from experiments.harness.summaries import Finished, find_runs, is_number, read_rows, read_runs
+from experiments.harness.results import choose, column_of, declared_columns, default_keys, known_as
+from experiments.harness.summaries import Finished, find_runs, read_rows, read_runs
 from experiments.harness.trainings import read_trainings
 
 if TYPE_CHECKING:
@@ -21,20 +20,6 @@ in nothing but the seed are averaged. With --out, writes a folder: Markdown, LaT
 figures (PNG, SVG, PDF) and index.html, with the Pareto front, hypervolumes, tests against a
 baseline, training curves and what every layer was compressed to.
 """
-_NOT_RESULTS = {"name", "series", "seed", "part", "layers", "folder", "experiment"}
-_BEST = {
-    "accuracy": "max",
-    **dict.fromkeys(("loss", "error", "perplexity", "bytes", "macs", "flops"), "min"),
-    **dict.fromkeys(("parameters", "nonzeros", "latency", "seconds", "remaining"), "min"),
-}
-_QUALITIES = ("accuracy", "error", "perplexity", "loss")
-_COSTS = ("bytes", "effective_macs", "macs", "flops", "remaining", "parameters", "latency")
-_UNITS = {  # key: label, format, scale
-    "bytes": ("stored size (KB)", ",.1f", 1e-3),
-    "latency": ("latency (ms)", ".3g", 1e3),
-    **{key: (key.replace("_", " "), ",.0f", 1.0) for key in ("parameters", "nonzeros", "macs")},
-}
-_ALSO = {"kb": "bytes", "size": "bytes", "params": "parameters", "ms": "latency"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -115,34 +100,28 @@ def make_study(
 
     found, notes = read_runs(find_runs(runs), skip_unfinished=skip_unfinished)
     rows = read_rows(found)
-    declared = _declared(found)
-    up = _axis("quality", quality, _QUALITIES, rows, declared)
-    across = _axis("cost", cost, _COSTS, rows, declared)
-    keys = list(columns) if columns else _default_keys(rows, declared, (up, across))
+    declared = declared_columns(found)
+    up = choose("quality", quality, rows, declared)
+    across = choose("cost", cost, rows, declared)
+    keys = [known_as(key, rows) for key in columns or ()]
+    keys = keys or default_keys(rows, declared, (up, across))
     for axis in (up, across):
         lacking = [row["name"] for row in rows if axis and row.get(axis.key) is None]
         if axis and lacking:
             names = ", ".join(dict.fromkeys(lacking))
             notes.append(f"Without {axis.key!r}, and so not in the figure: {names}.")
     training = read_trainings(rows, up, curve)
-    baseline = baseline or next(
-        (run.summary["baseline"] for run in found if "baseline" in run.summary), None
-    )
-    if baseline is not None and len({run.record.get("experiment") for run in found}) > 1:
-        series = dict.fromkeys(row["series"] for row in rows)
-        baseline = next((name for name in series if name.endswith(f": {baseline}")), baseline)
-    study = Study(
+    return Study(
         rows=rows,
-        columns=[_column(key, rows, declared) for key in keys],
+        columns=[column_of(key, rows, declared) for key in keys],
         quality=up,
         cost=across,
-        baseline=baseline,
+        baseline=baseline or _baseline(found, rows, up),
         curves=training.curves,
         curve=training.curve,
         title=title,
         notes=[*notes, *training.notes],
-    )
-    return study, found
+    ), found
 
 
 def _write(out: str | Path, study: "Study", runs: Sequence[Finished]) -> Path:
@@ -151,100 +130,17 @@ def _write(out: str | Path, study: "Study", runs: Sequence[Finished]) -> Path:
     sources = {
         run.label: run.summary.get("provenance") or run.record.get("provenance", {}) for run in runs
     }
-    short = brief(*sources.values())
-    now = provenance()
-    return write_report(out, study, short, {**sources, "this report": now})
+    every = {**sources, "this report": provenance()}
+    return write_report(out, study, brief(*sources.values()), every)
 
 
-def _declared(runs: Sequence[Finished]) -> "dict[str, Column]":
-    """The columns that summaries declare, the first of a key."""
-    from effjax.report import Column
-
-    found: dict[str, Column] = {}
-    for run in runs:
-        for entry in run.summary.get("columns", []):
-            try:
-                column = Column(**entry)
-            except TypeError as error:
-                raise RunError(
-                    f"{run.path / 'summary.json'} declares a column {entry!r} that is none: "
-                    f"{error}. A column has {list(Column._fields)}."
-                ) from error
-            found.setdefault(column.key, column)
-    return found
-
-
-def _numbers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys of results that are a number in some row."""
-    keys = dict.fromkeys(key for row in rows for key in row if key not in _NOT_RESULTS)
-    return [key for key in keys if any(is_number(row.get(key)) for row in rows)]
-
-
-def _default_keys(
-    rows: Sequence[Mapping[str, Any]],
-    declared: "Mapping[str, Column]",
-    axes: "Sequence[Column | None]",
-) -> list[str]:
-    known = _numbers(rows)
-    shared = [key for key in known if all(is_number(row.get(key)) for row in rows)]
-    quality, cost = ([axis.key] if axis else [] for axis in axes)
-    chosen = [key for key in declared if key in known] or shared
-    if len({row["experiment"] for row in rows}) > 1:  # what one alone has is no comparison
-        chosen = [
-            key
-            for key in chosen
-            if len({row["experiment"] for row in rows if is_number(row.get(key))}) > 1
-        ]
-    if not (chosen or quality or cost):
-        raise RunError(
-            f"these runs have no result in common; choose some with --columns: {', '.join(known)}."
-        )
-    first = [key for key in quality if key not in chosen]
-    return list(dict.fromkeys([*first, *chosen, *cost]))
-
-
-def _axis(
-    role: str,
-    asked: str | None,
-    usual: Sequence[str],
-    rows: Sequence[Mapping[str, Any]],
-    declared: "Mapping[str, Column]",
-) -> "Column | None":
-    """The column of quality or cost, with its better end; None where none is asked or known."""
-    known = _numbers(rows)
-    if asked is None:
-        end = "max" if role == "quality" else "min"
-        exact = [key for key in usual if key in known]
-        near = [key for word in usual for key in known if word in key.replace(" ", "_")]
-        said = [key for key in known if key in declared and declared[key].best == end]
-        found = next(iter([*exact, *near, *said]), None)
-    else:
-        found = asked if asked in known else _ALSO.get(asked.lower(), asked)
-    if found is None:
-        return None
-    if found not in known:
-        near = difflib.get_close_matches(str(asked), known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise RunError(f"no run has the {role} {asked!r}.{hint} There are: {', '.join(known)}.")
-    column = _column(found, rows, declared)
-    usually: Any = "max" if role == "quality" else "min"
-    return column._replace(best=column.best or _better(found) or usually)
-
-
-def _column(
-    key: str, rows: Sequence[Mapping[str, Any]], declared: "Mapping[str, Column]"
-) -> "Column":
-    from effjax.report import Column
-
-    if key in declared:
-        return declared[key]
-    best = _better(key)
-    if key in _UNITS:
-        label, form, scale = _UNITS[key]
-        return Column(key, label, form, best, scale)
-    return Column(key, key, ".4g", best)
-
-
-def _better(key: str) -> Any:
-    """Which end is better, as far as a key's words say."""
-    return next((end for word, end in _BEST.items() if word in key), None)
+def _baseline(
+    runs: Sequence[Finished], rows: Sequence[Mapping[str, Any]], quality: "Column | None"
+) -> str | None:
+    """The first name with the quality that is of the series which its experiment declares."""
+    wanted = {run.record.get("experiment"): run.summary.get("baseline") for run in runs}
+    for row in rows:
+        series = row["series"].removeprefix(f"{row['experiment']}: ")
+        if quality and row.get(quality.key) is not None and series == wanted[row["experiment"]]:
+            return row["name"]
+    return None

@@ -183,6 +183,10 @@ def test_configs_are_told_apart_and_series_stay_together(runs, tmp_path):
     assert "toy: dense, bits=4" in study.table.names
     assert any("Without 'bytes', and so not in the figure: other." in n for n in study.notes)
     assert study.comparisons[0] in ("toy: dense, bits=4", "toy: dense, bits=8")
+    # A baseline without the quality is none.
+    open_run("aside", Config()).finish({"rows": [{"name": "a", "bytes": 1}], "baseline": "a"})
+    study, _ = make_study(["aside", "toy"])
+    assert study.comparisons[0] in ("toy: dense, bits=4", "toy: dense, bits=8")
 
 
 def test_an_error_is_better_when_it_is_small(runs):
@@ -257,6 +261,7 @@ def test_a_result_that_no_run_has_is_answered_with_those_there_are(runs, capsys)
         make_study(["toy"], cost="joules")
     with pytest.raises(RunError, match=r"no run recorded the metric 'x' in training"):
         make_study(["toy"], curve="x")
+    assert [c.key for c in make_study(["toy"], columns=["KB"])[0].columns] == ["bytes"]
     study, _ = make_study(["toy"], baseline="dens")
     with pytest.raises(ReportError, match=r"no baseline 'dens'; there are \['dense', 'small'\]"):
         study.grids()

@@ -77,6 +77,8 @@ def test_few_names_are_labelled_and_many_are_series_with_a_legend():
     few = Study(rows(2, 2), [ACC, KB], ACC, KB)
     labels = {t.get_text() for t in few.figures(SOURCE)["pareto"][0].axes[0].texts}
     assert {"method 0 at 0", "method 1 at 1"} <= labels
+    lines = Study(rows(2, 3), [ACC, KB], ACC, KB).figures(SOURCE)["pareto"][0]
+    assert [t.get_text() for t in lines.legends[0].get_texts()] == ["method 0", "method 1"]
     many = Study(rows(3, 5), [ACC, KB], ACC, KB)
     figure = many.figures(SOURCE)["pareto"][0]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == [
