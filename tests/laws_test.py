@@ -97,11 +97,24 @@ def test_the_empty_chain(model):
 
 
 # Compiling is what these tests spend their time on: the plain JAX model, which compiles fastest,
-# goes through every law; the others through those that their modules could break.
+# goes through every law; the others through those that their modules could break, and of the
+# transforms that share what they do with a paired one only when time is no matter.
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("model", MODELS)
-def test_every_transform(name, model):
-    laws = {"raw": WITH_ANY, "linen": [3, 5, 6, 7, 8, 13], "nnx": [3, 4, 5, 7, 12, 13]}[model]
+def test_every_transform(name):
+    check_transform(case("raw", **{name: TRANSFORMS[name]}), WITH_ANY)
+
+
+def in_modules(names):
+    return [
+        pytest.param(name, model, marks=[] if name in PAIRED else pytest.mark.slow)
+        for name in names
+        for model in ("linen", "nnx")
+    ]
+
+
+@pytest.mark.parametrize(("name", "model"), in_modules(TRANSFORMS))
+def test_every_transform_in_modules(name, model):
+    laws = {"linen": [3, 5, 6, 7, 8, 13], "nnx": [3, 4, 5, 7, 12, 13]}[model]
     check_transform(case(model, **{name: TRANSFORMS[name]}), laws)
 
 

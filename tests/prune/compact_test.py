@@ -510,7 +510,7 @@ def test_scores_sum_over_all_members():
     assert group_scores(found.prunable, params)["a"].tolist() == [1 + 9 + 3, 4 + 0 + 3]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     widths=st.tuples(*[st.integers(1, 5)] * 3),
     kind=st.sampled_from(["plain", "residual", "concat", "depthwise"]),
@@ -555,7 +555,7 @@ def test_random_small_cnns(widths, kind, flat, seed, sparsity):
     assert small.macs_after == macs(model.apply, small.params, {}, one(batch))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 999), density=st.sampled_from([0.2, 0.5, 0.8]))
 def test_zeros_anywhere(seed, density):
     """Whole slices of zeros on any axis of any leaf: what is removed never mattered."""

@@ -135,7 +135,7 @@ SHAPES = st.lists(st.integers(1, 7), min_size=2, max_size=4).map(tuple)
 
 
 @given(shape=SHAPES, data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_tiles_of_any_size_as_numpy_finds_them(shape, data):
     sizes = data.draw(st.tuples(st.integers(1, 8), st.integers(1, 8)))
     scores = RNG.integers(0, 4, shape).astype(np.float32)
@@ -155,7 +155,7 @@ def test_tiles_of_any_size_as_numpy_finds_them(shape, data):
 
 
 @given(shape=SHAPES, data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_n_m_keeps_the_first_of_a_stable_sort_in_each_group(shape, data):
     m = data.draw(st.integers(1, 8))
     n, axis = data.draw(st.integers(1, m)), data.draw(st.integers(-len(shape), len(shape) - 1))
