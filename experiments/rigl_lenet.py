@@ -330,9 +330,15 @@ def figures(results: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any
     }
     last = max(float(np.mean(values[:, -1])) for _, values in series.values())
     plot = curves_plot(
-        series, "step", "validation error (%)", title="Training", scale=100, provenance=source
+        series,
+        "step",
+        "validation error (%)",
+        title="Training",
+        scale=100,
+        bottom=0,
+        top=100 * 2.2 * last,
+        provenance=source,
     )
-    plot.axes[0].set_ylim(0, 100 * 3 * last)
     found = {f"{NAME}_pixels": pixel_plot(results, source)} if results["pixels"] else {}
     return {**found, f"{NAME}_curves": plot}
 
@@ -340,8 +346,8 @@ def figures(results: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any
 def pixel_plot(results: dict[str, Any], source: Mapping[str, Any]) -> Any:
     """Connections of each input pixel: means over seeds."""
     pixels = results["pixels"]
-    shown = [("random masks, at the start", next(iter(pixels)), "start")]
-    shown += [(f"{name}, at the end", name, "end") for name in (SET, RIGL) if name in pixels]
+    shown = [("Random masks", next(iter(pixels)), "start")]
+    shown += [(f"{name}, trained", name, "end") for name in (SET, RIGL) if name in pixels]
     counts = [np.mean(pixels[name][when], axis=0) for _, name, when in shown]
     side = round(len(counts[0]) ** 0.5)
     # The few pixels with the most connections would leave all others dark.

@@ -117,7 +117,7 @@ def panels_plot(
         figure.legend(
             list(handles.values()),
             list(handles),
-            loc="outside lower center",
+            loc="outside upper center",
             ncols=min(max(1, int(width * 1.3)), len(handles)),
             frameon=False,
             fontsize=7,
