@@ -1,6 +1,6 @@
 """effjax: quantization, sparsity, distillation and architecture search in one JAX train step."""
 
-from effjax import distill, errors, nas, prune, quantize, schedules, select, testing
+from effjax import augment, distill, errors, nas, prune, quantize, schedules, select, testing
 from effjax.attach import Attached, NNXOptimizer, attach
 from effjax.core import Ctx, Setup, Transform, Vars, chain
 from effjax.cost import footprint, latency
@@ -26,6 +26,7 @@ __all__ = [
     "Transform",
     "Vars",
     "attach",
+    "augment",
     "chain",
     "distill",
     "errors",

@@ -63,6 +63,9 @@ TRANSFORMS = {
     "qat": lambda model: ej.quantize.qat(),
     "qat_static": lambda model: ej.quantize.qat(ranges="static", start=1),
     "distill": lambda model: ej.distill.logits(TEACHER.apply, temperature=2.0),
+    "augment": lambda model: ej.augment.images(
+        ej.augment.flip(), ej.augment.translate(2), ej.augment.erasing()
+    ),
 }
 
 
