@@ -4,6 +4,7 @@ from effjax import augment, distill, errors, nas, prune, quantize, schedules, se
 from effjax.attach import Attached, NNXOptimizer, attach
 from effjax.core import Ctx, Setup, Transform, Vars, chain
 from effjax.cost import footprint, latency
+from effjax.export.packed import Packed, load_packed, save_packed
 from effjax.inspection import inspect
 from effjax.model import Model, from_function, from_linen, from_nnx
 from effjax.population import Population, Run, grid, population
@@ -18,6 +19,7 @@ __all__ = [
     "Mean",
     "Model",
     "NNXOptimizer",
+    "Packed",
     "Population",
     "Run",
     "Setup",
@@ -41,12 +43,14 @@ __all__ = [
     "init_state",
     "inspect",
     "latency",
+    "load_packed",
     "make_eval",
     "make_step",
     "nas",
     "population",
     "prune",
     "quantize",
+    "save_packed",
     "schedules",
     "select",
     "state_shardings",

@@ -35,3 +35,7 @@ class CheckpointError(EffjaxError):
 
 class ReportError(EffjaxError):
     """Results that cannot be shown as asked: missing seeds, doubled runs, values without order."""
+
+
+class PackedError(EffjaxError):
+    """A packed file that cannot be read, or a model that cannot be written as one."""
