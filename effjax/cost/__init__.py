@@ -1,6 +1,6 @@
 """What a model costs: parameters, bytes and MACs counted, latency measured."""
 
-from effjax.cost.footprint import FORMATS, Footprint, Leaf, Totals, footprint
+from effjax.cost.footprint import Footprint, Leaf, Totals, footprint
 from effjax.cost.latency import Latency, latency
 
-__all__ = ["FORMATS", "Footprint", "Latency", "Leaf", "Totals", "footprint", "latency"]
+__all__ = ["Footprint", "Latency", "Leaf", "Totals", "footprint", "latency"]

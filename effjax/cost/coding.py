@@ -1,5 +1,6 @@
 """From the values of a leaf to what stands in a file: codes, tables, and the entries to keep."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -49,6 +50,20 @@ class Coded(NamedTuple):
     def smallest(self, pattern: str = "") -> Stored:
         """The way that takes the fewest bytes: what a packed file holds."""
         return cheapest(self.stored(pattern))
+
+    def entropy_bytes(self) -> int:
+        """n · H / 8 of the symbols, each coded by itself, and the tables that they need.
+
+        H = -sum p log2 p over how often each occurs. Floats need a table of those that occur; where
+        it would take more than the values, these stand as they are.
+        """
+        found, counts = np.unique(self.symbols, return_counts=True)
+        p = counts / max(self.symbols.size, 1)
+        table = sum(x.nbytes for x in self.side.values())
+        if self.encodings[0].kind == "float":
+            table = found.nbytes
+        coded = math.ceil(-self.symbols.size * float(np.sum(p * np.log2(p))) / 8) + table
+        return min(coded, self.symbols.nbytes) if self.encodings[0].kind == "float" else coded
 
     def tensors(self, stored: Stored) -> dict[str, np.ndarray]:
         """The arrays of a file."""

@@ -1,48 +1,34 @@
 """What a model costs to store and to compute: parameters, non-zeros, bytes and MACs, by leaf."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from effjax.core import PyTree
+from effjax.cost import container
+from effjax.cost.coding import code, concrete
+from effjax.cost.formats import cheapest, choices, floats
+from effjax.cost.layouts import Spec
 from effjax.errors import SelectorError, SetupError
 from effjax.select import leaves
 
-SCALE_BYTES = 4  # a quantization scale is stored as float32
 SHORT = {"dot_general": "dot", "conv_general_dilated": "conv"}
 
 
 class HasMacs(Protocol):
-    """What is read of an `effjax.Site`: the weight's params path, "" where data meets data."""
+    """What is read of an `effjax.Site`: the weight's params path, and no weight in products."""
 
+    @property
+    def weight(self) -> int | None: ...
     @property
     def leaf(self) -> str: ...
     @property
     def op(self) -> str: ...
     @property
     def macs(self) -> int: ...
-
-
-def dense_bytes(nonzero: np.ndarray, bits: int) -> int:
-    """Every value, packed: ceil(n · bits / 8)."""
-    return _bytes(nonzero.size * bits)
-
-
-def bitmask_bytes(nonzero: np.ndarray, bits: int) -> int:
-    """One bit for every position, then the non-zero values: ceil(n / 8) + ceil(nnz · bits / 8)."""
-    return _bytes(nonzero.size) + _bytes(int(nonzero.sum()) * bits)
-
-
-def _bytes(bits: int) -> int:
-    return -(-bits // 8)
-
-
-# How a leaf may be stored: (bool array of its non-zeros, bits a value) -> bytes, index included.
-Format = Callable[[np.ndarray, int], int]
-FORMATS: Mapping[str, Format] = {"dense": dense_bytes, "bitmask": bitmask_bytes}
 
 
 class Leaf(NamedTuple):
@@ -53,11 +39,14 @@ class Leaf(NamedTuple):
     parameters: int  # 0 for a leaf of the model state, which is stored but not trained
     nonzeros: int
     bits: int  # of a stored value
-    format: str  # a key of FORMATS
+    format: str  # the layout of `sizes` that takes the fewest bytes
     bytes: int  # as stored, mask or index and scales included
     op: str  # the operations that use it, or "" for those without MACs (biases, norms)
     macs: int
     effective_macs: int  # with non-zero weights
+    bitops: int  # effective MACs, times the bits of both operands
+    entropy_bytes: int  # of the stored symbols, each coded by itself, with scales and codebook
+    sizes: dict[str, int]  # bytes in each layout, as it is stored and, "float ...", unquantized
 
 
 class Totals(NamedTuple):
@@ -68,6 +57,8 @@ class Totals(NamedTuple):
     bytes: int
     macs: int
     effective_macs: int
+    bitops: int
+    entropy_bytes: int
 
     @property
     def sparsity(self) -> float:
@@ -80,6 +71,8 @@ class Footprint(NamedTuple):
 
     leaves: tuple[Leaf, ...]
     weightless_macs: int  # of operations between activations (attention scores)
+    weightless_bitops: int
+    file_bytes: int  # of `ej.save_packed` without metadata, header included
 
     @property
     def totals(self) -> Totals:
@@ -95,13 +88,16 @@ class Footprint(NamedTuple):
             total("bytes"),
             macs + self.weightless_macs,
             effective + self.weightless_macs,
+            total("bitops") + self.weightless_bitops,
+            total("entropy_bytes"),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON: {"totals": {...}, "leaves": [{...}, ...]}."""
         totals = {**self.totals._asdict(), "sparsity": self.totals.sparsity}
         rows = [{**leaf._asdict(), "shape": list(leaf.shape)} for leaf in self.leaves]
-        return {"totals": totals, "leaves": rows, "weightless_macs": self.weightless_macs}
+        rest = {name: getattr(self, name) for name in self._fields if name != "leaves"}
+        return {"totals": totals, "leaves": rows, **rest}
 
     def __str__(self) -> str:
         header = "path,shape,parameters,non-zeros,bits,stored as,bytes,op,MACs,effective"
@@ -123,7 +119,7 @@ class Footprint(NamedTuple):
         if self.weightless_macs:
             macs = f"{self.weightless_macs:,}"
             rows.append(("(between activations)", *[""] * 7, macs, macs))
-        parameters, nonzeros, stored, macs, effective = (f"{x:,}" for x in self.totals)
+        parameters, nonzeros, stored, macs, effective = (f"{x:,}" for x in self.totals[:5])
         last = ("total", "", parameters, nonzeros, "", "", stored, "", macs, effective)
         return _align([tuple(header.split(",")), *rows, last], left={0, 1, 5, 7})
 
@@ -134,23 +130,22 @@ def footprint(
     facts: Mapping[str, Mapping[str, Any]] | None = None,
     *,
     model_state: PyTree = None,
-    formats: Mapping[str, Format] = FORMATS,
 ) -> Footprint:
     """The cost of a model as it is shipped.
 
-    Each leaf is stored in the format that takes the fewest bytes at its bit width, plus 4 bytes for
-    each quantization scale. A site whose weight has density d takes d · MACs effective MACs: the
-    products that are not with zero.
+    Each leaf is stored in the layout that takes the fewest bytes at its bit width (dense, bitmask,
+    CSR, or that of its pattern), scales and codebook included: what `ej.save_packed` writes. A site
+    whose weight has density d takes d · MACs effective MACs: the products that are not with zero.
 
     Args:
       params: what is shipped, from `ej.export(transform, state)`; concrete arrays.
       sites: `ej.find_sites(apply, params, model_state, batch)`, for MACs. They count the whole
         batch: give it a batch of one example.
       facts: `transform.describe(params, extra, state)`. Read are "weight_bits" (by default those
-        of the leaf's dtype), "scales" (how many; 0) and "sparsity" (checked against the zeros).
+        of the leaf's dtype), "act_bits" (32), "scales" (how many; 1), "clusters", "pattern" and
+        "sparsity" (checked against the zeros).
       model_state: what is stored beside the params, BatchNorm's statistics for example: it counts
         in bytes, not in parameters.
-      formats: how a leaf may be stored; see `FORMATS`.
 
     Raises:
       SelectorError: a site or a fact names a path that the params do not have.
@@ -172,11 +167,14 @@ def footprint(
     (48 bytes: 8 of mask, 8 of values, 32 of scales.)
     """
     facts = facts or {}
-    arrays = {path: _concrete(path, leaf) for path, leaf in leaves(params).items()}
-    weightless, macs, ops = 0, Counter[str](), dict[str, list[str]]()
+    arrays = {path: concrete(path, leaf) for path, leaf in leaves(params).items()}
+    weightless, products, macs, ops = 0, 0, Counter[str](), dict[str, list[str]]()
+    entries: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Mapping[str, Spec]] = {}
     for site in sites:
-        if not site.leaf:
+        if site.weight is None:
             weightless += site.macs
+            products += site.macs * _activation_bits(facts.get(getattr(site, "path", ""), {})) ** 2
             continue
         macs[site.leaf] += site.macs
         ops.setdefault(site.leaf, []).append(SHORT.get(site.op, site.op))
@@ -197,32 +195,48 @@ def footprint(
                 f"transform says its sparsity is {fact['sparsity']:.4f}. Give footprint the "
                 "exported params: ej.export(transform, state)."
             )
-        bits = int(fact.get("weight_bits", array.dtype.itemsize * 8))
-        sizes = {name: size(nonzero, bits) for name, size in formats.items()}
-        best = min(sizes, key=sizes.__getitem__)
-        stored = sizes[best] + SCALE_BYTES * int(fact.get("scales", 0))
+        coded = code(path, array, fact)
+        pattern = fact.get("pattern", "")
+        options = coded.stored(pattern)
+        best = cheapest(options)
+        sizes = {name: option.bytes for name, option in options.items()}
+        if best.encoding.kind != "float":
+            plain = choices(nonzero, [floats(array.dtype)], pattern)
+            sizes |= {f"float {name}": option.bytes for name, option in plain.items()}
+        name = f"{'params' if trained else 'model_state'}/{path}"
+        entries[name], tensors[name] = container.entry(coded, best), best.tensors
         # Multiplied before it is divided: exact while MACs · parameters is an exact integer.
         effective = round(macs[path] * count / max(array.size, 1))
         op = "+".join(sorted(set(ops.get(path, []))))
         parameters = array.size if trained else 0
+        bits = best.encoding.bits
         return Leaf(
-            path, array.shape, parameters, count, bits, best, stored, op, macs[path], effective
+            path,
+            array.shape,
+            parameters,
+            count,
+            bits,
+            best.layout.name,
+            best.bytes,
+            op,
+            macs[path],
+            effective,
+            effective * bits * _activation_bits(fact),
+            coded.entropy_bytes(),
+            sizes,
         )
 
     rows = [leaf(path, array, facts.get(path, {}), True) for path, array in arrays.items()]
     for path, value in leaves({} if model_state is None else model_state).items():
         if not jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-            rows.append(leaf(path, _concrete(path, value), {}, False))
-    return Footprint(tuple(rows), weightless)
+            rows.append(leaf(path, concrete(path, value), {}, False))
+    head, _ = container.header(entries, tensors, {})
+    size = len(head) + sum(row.bytes for row in rows)
+    return Footprint(tuple(rows), weightless, products, size)
 
 
-def _concrete(path: str, leaf: Any) -> np.ndarray:
-    if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
-        raise SetupError(
-            f"{path} is abstract ({type(leaf).__name__}); footprint counts zeros, so it takes the "
-            "arrays themselves, outside jit."
-        )
-    return np.asarray(leaf)
+def _activation_bits(fact: Mapping[str, Any]) -> int:
+    return int(fact.get("act_bits", 32))
 
 
 def _align(rows: list[tuple[str, ...]], left: set[int]) -> str:
