@@ -176,6 +176,22 @@ def test_long_and_short_tiles_pool_alike(length):
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [(4, 4), (3, 5), (6, 2), (32, 32), (1, 7)])
+def test_equal_tiles_have_equal_scores_to_the_last_bit(sizes):
+    """Wherever they lie, or ties would not be broken by position."""
+    tile = np.random.default_rng(0).normal(size=sizes).astype(np.float32)
+    scores = np.tile(tile, (7, 9))
+    pool = block(sizes).pool
+    for found in (pool(scores), jax.jit(pool)(scores), jax.vmap(pool)(scores[None])):
+        assert np.unique(found).size == 1
+
+
+def test_an_infinite_score_stays_in_its_tile():
+    scores = jnp.zeros((8, 8)).at[1, 2].set(jnp.inf)
+    found = block((4, 4)).pool(scores)
+    np.testing.assert_array_equal(found, [[np.inf, 0], [0, 0]])
+
+
 def test_half_precision_scores_are_pooled_in_float32():
     scores = jnp.full((64, 64), 60000.0, jnp.float16)  # the sum overflows float16
     assert float(channel().pool(scores)[0, 0]) == 60000 - 60000 % 32
