@@ -118,7 +118,7 @@ def panels_plot(
             list(handles.values()),
             list(handles),
             loc="outside upper center",
-            ncols=min(max(1, int(width * 1.3)), len(handles)),
+            ncols=min(max(1, int(width * 0.75)), len(handles)),
             frameon=False,
             fontsize=7,
             handlelength=2.4,
