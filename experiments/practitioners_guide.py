@@ -297,13 +297,16 @@ def run(config: Config) -> dict[str, Any]:
     for kind, width in arms:
         arm, since = Arm(kind, width, config, plan), time.monotonic()
         for seed in seeds:
-            part = here.part(f"{kind.replace(' ', '-')}-{width:g}-seed{seed}")
-            rows.append(one(arm, part, seed, teachers, widest))
+            part = f"{kind.replace(' ', '-')}-{width:g}-seed{seed}"
+            row = one(arm, here.part(part), seed, teachers, widest)
+            rows.append({**row, "part": part, "series": kind})
         mine = [row["int8"] for row in rows[-config.seeds :]]
         say(f"{arm.name}: {np.mean(mine):.2%} in int8 ({time.monotonic() - since:.0f} s)")
     truncated = plan.scale < 1 or plan.widths != WIDTHS
     results: dict[str, Any] = {
         "rows": rows,
+        "columns": [column._asdict() for column in report.COLUMNS],
+        "baseline": report.PLAIN,
         "published": report.published(),
         "scale": plan.scale,
         "epochs": plan.epochs,
