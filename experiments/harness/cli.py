@@ -1,20 +1,22 @@
 """The command line: list the experiments, run one with overrides, report on finished runs."""
 
 import argparse
+import contextlib
 import importlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
 from experiments.harness.catalog import entries, find
-from experiments.harness.errors import ExperimentError, Interrupted
+from experiments.harness.errors import ExperimentError, Interrupted, UsageError
 from experiments.harness.progress import say
 
 _USAGE = """usage: python -m experiments list
        python -m experiments NAME [--id ID] [--FIELD VALUE ...]
        python -m experiments NAME --help
+       python -m experiments sweep NAME --over FIELD=a,b,c FIELD=0..4 [--FIELD VALUE ...]
        python -m experiments report RUNS ... [--quality a] [--cost b] [--out FOLDER]
 
 Runs go to runs/NAME/ID, or below $EFFJAX_RUNS. The same command again goes on with the same run.
@@ -36,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _list(words[1:])
         if words[0] == "report":
             return _report(words[1:])
+        if words[0] == "sweep":
+            return _sweep(words[1:])
         return _run(words[0], words[1:])
     except ExperimentError as error:
         say(f"error: {error}")
@@ -43,10 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         say(stop.message)
         return 128 + stop.signum
-
-
-class UsageError(ExperimentError):
-    """A command that cannot be meant."""
 
 
 def _list(rest: list[str]) -> int:
@@ -74,11 +74,18 @@ def _report(rest: list[str]) -> int:
         raise ExperimentError(str(error)) from error
 
 
+def _sweep(rest: list[str]) -> int:
+    if not rest or rest[0].startswith("-"):
+        raise UsageError("`sweep` takes an experiment's name first: sweep train --over seed=0..4")
+    _find(rest[0])
+    from experiments.harness.sweep import main as sweep
+
+    with _stoppable(rest[0]):
+        return sweep(rest[0], _import(rest[0]), rest[1:])
+
+
 def _run(name: str, rest: list[str]) -> int:
-    try:
-        find(name)
-    except ExperimentError as error:
-        raise UsageError(str(error)) from error
+    _find(name)
     import tyro
 
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -91,21 +98,35 @@ def _run(name: str, rest: list[str]) -> int:
         prog=f"python -m experiments {name}",
         description=(module.__doc__ or "") + "\n--id ID names the run's folder.",
     )
-    from effjax.errors import EffjaxError
     from experiments.harness.runs import run_id
+
+    with _stoppable(name), run_id(own.id):
+        results = module.run(config)
+    _show(results)
+    return 0
+
+
+def _find(name: str) -> None:
+    try:
+        find(name)
+    except ExperimentError as error:
+        raise UsageError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _stoppable(name: str) -> Iterator[None]:
+    """Within this, signals and effjax's errors end the command as `main` says."""
+    from effjax.errors import EffjaxError
 
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        with run_id(own.id):
-            results = module.run(config)
+        yield
     except EffjaxError as error:
         raise ExperimentError(str(error)) from error
     except KeyboardInterrupt as error:
         raise Interrupted(signal.SIGINT, f"{name}: stopped. {_AGAIN}") from error
     finally:
         signal.signal(signal.SIGTERM, before)
-    _show(results)
-    return 0
 
 
 _AGAIN = "Give the same command again to go on from the last checkpoint."

@@ -5,6 +5,10 @@ class ExperimentError(Exception):
     """The base of the harness's errors; the command line prints them without a traceback."""
 
 
+class UsageError(ExperimentError):
+    """A command that cannot be meant."""
+
+
 class ConfigError(ExperimentError, ValueError):
     """A configuration whose values cannot be meant."""
 

@@ -24,13 +24,33 @@ from experiments.harness.progress import say
 from experiments.harness.provenance import provenance, write_json
 
 _chosen_id: ContextVar[str | None] = ContextVar("chosen_id", default=None)
+_root: ContextVar[Path | None] = ContextVar("root", default=None)
 # Locks belong to the process: a notebook may open its own run again.
 _locks: dict[Path, int] = {}
 
 
 def runs_root() -> Path:
     """Where run folders are: $EFFJAX_RUNS, else `runs` in the working directory."""
-    return Path(os.environ.get("EFFJAX_RUNS") or "runs")
+    return _root.get() or Path(os.environ.get("EFFJAX_RUNS") or "runs")
+
+
+@contextlib.contextmanager
+def runs_below(root: Path) -> Iterator[None]:
+    """Within this, runs are below another folder; at its end they are free for other processes."""
+    root = root.absolute()
+    token = _root.set(root)
+    try:
+        yield
+    finally:
+        _root.reset(token)
+        for path in [path for path in _locks if path.is_relative_to(root)]:
+            os.close(_locks.pop(path))
+
+
+def default_id(config: Any) -> str:
+    """The folder's name where none is chosen: the config's hash and seed."""
+    plain = as_dict(config)
+    return f"{config_hash(plain)}-seed{plain.get('seed', 0)}"
 
 
 @contextlib.contextmanager
@@ -61,7 +81,7 @@ class Run:
     def part(self, name: str) -> "Run":
         """A part of this run (one of several trainings) with metrics, checkpoints and summary of
         its own, in a subfolder."""
-        _check_name(name, "a run's part")
+        check_name(name, "a run's part")
         (self.path / name).mkdir(exist_ok=True)
         return Run(self.path / name, self.config, f"{self.label}/{name}")
 
@@ -89,8 +109,8 @@ def open_run(experiment: str, config: Any, *, id: str | None = None) -> Run:
       RunError: the folder holds another config's run, or another process is using it.
     """
     plain = as_dict(config)
-    id = id or _chosen_id.get() or f"{config_hash(plain)}-seed{plain.get('seed', 0)}"
-    _check_name(id, "a run's id")
+    id = id or _chosen_id.get() or default_id(plain)
+    check_name(id, "a run's id")
     path = runs_root() / experiment / id
     path.mkdir(parents=True, exist_ok=True)
     _lock(path)
@@ -184,7 +204,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def _check_name(name: str, what: str) -> None:
+def check_name(name: str, what: str) -> None:
+    """Raises RunError unless a name can be a folder's."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", name):
         raise RunError(
             f"{name!r} cannot name {what}: use letters, digits and . _ = + -, beginning with a "
