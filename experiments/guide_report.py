@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from effjax.report import Column, Table, summarise
-from effjax.report.canvas import COLOURS, GREY, INK, MARKERS, new_figure, set_footer, style
+from effjax.report.canvas import COLOURS, GREY, MARKERS, new_figure, set_footer, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -176,27 +176,29 @@ def figures(results: dict[str, Any], source: Mapping[str, Any]) -> dict[str, "Fi
         first.remove()
         left, right = figure.subplots(1, 2)
         handles: dict[str, Any] = {}
+        arrows: dict[str, Any] = {}
         ours = {series: points(rows, *series) for series in SERIES}
         theirs = {series: _published_points(*series) for series in SERIES if series[0] in PAPER}
         for axes, found, widths in ((left, ours, results["widths"]), (right, theirs, WIDEST)):
             for series, models in found.items():
                 if models:
                     _series(axes, series, models, handles)
-            for name, (start, end) in strategies(widths).items():
+            for rank, (name, (start, end)) in enumerate(strategies(widths).items()):
                 before = next(p for p in found[PLAIN, "float"] if p.width == start)
                 after = next(p for p in found[DISTILLED, "int8"] if p.width == end)
-                _arrow(axes, name, before, after)
+                arrows[name] = _arrow(axes, rank, before, after)
         left.set_title("Measured, truncated" if results["truncated"] else "Measured")
         right.set_title("Published (100 epochs, one seed)")
         for axes in (left, right):
             axes.set_xscale("log")
             axes.set_xlabel("stored size (KB)")
         left.set_ylabel("test accuracy (%)")
+        handles |= arrows
         figure.legend(
             list(handles.values()),
             list(handles),
             loc="outside upper center",
-            ncols=4,
+            ncols=5,
             frameon=False,
             fontsize=7,
             columnspacing=1.4,
@@ -248,12 +250,9 @@ def _series(
     )
 
 
-def _arrow(axes: Any, name: str, before: Point, after: Point) -> None:
-    """A strategy, from a plain float32 model to a distilled int8 one."""
-    drawn = {"arrowstyle": "->", "color": GREY, "linewidth": 1.0, "linestyle": "--"}
+def _arrow(axes: Any, rank: int, before: Point, after: Point) -> Any:
+    """A strategy, from a plain float32 model to a distilled int8 one; returns its legend entry."""
+    line = {"color": GREY, "linewidth": 1.2, "linestyle": ("--", ":")[rank]}
     ends = (after.kb, after.accuracy), (before.kb, before.accuracy)
-    axes.annotate("", *ends, arrowprops=drawn, zorder=2)
-    middle = ((before.kb * after.kb) ** 0.5, (before.accuracy + after.accuracy) / 2)
-    text = axes.annotate(name, middle, (0, 3), textcoords="offset points", fontsize=6, color=INK)
-    text.set(ha="center", va="bottom", bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0})
-    text.get_bbox_patch().set_boxstyle("square", pad=0.1)
+    axes.annotate("", *ends, arrowprops={"arrowstyle": "->", **line}, zorder=2)
+    return axes.plot([], [], **line)[0]

@@ -127,15 +127,18 @@ def test_every_pair(first, second):
     check_transform(case("raw", **pair), laws=[3, 4, 5, 6, 7, 12, 13])
 
 
+# Pairs whose values lie where the quantizer's rounding turns, so that the last bit of a range or of
+# a learned threshold, which devices sum in another order, moves some of them by whole steps.
+ROUNDING = {("qat", "qat_static"), ("soft_threshold", "qat")}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_every_pair_through_every_law(first, second):
     pair = {name: TRANSFORMS[name] for name in (first, second)}
     check_transform(case("raw", **pair), laws=[2, 8, 9])
-    # Two quantizers of the same values: those of the first lie where the second's rounding turns,
-    # so that the last bit of a range, which devices sum in another order, moves whole steps.
-    twice = (first, second) == ("qat", "qat_static")
-    check_transform(case("linen", **pair), [law for law in WITH_ANY if law != 8 or not twice])
+    left_out = [8] if (first, second) in ROUNDING else []
+    check_transform(case("linen", **pair), [law for law in WITH_ANY if law not in left_out])
 
 
 ALL_FOUR = ("width", "magnitude", "qat_static", "distill")

@@ -62,3 +62,11 @@ def header(
     encoded = json.dumps(table, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     return len(encoded).to_bytes(8, "little") + encoded, order
+
+
+def contents(
+    tensors: Mapping[str, Mapping[str, np.ndarray]], order: list[tuple[str, str]]
+) -> list[bytes]:
+    """What follows the header: the tensors' bytes, little-endian."""
+    arrays = [tensors[path][name] for path, name in order]
+    return [x.astype(x.dtype.newbyteorder("<")).tobytes() for x in arrays]

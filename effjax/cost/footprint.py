@@ -1,19 +1,21 @@
 """What a model costs to store and to compute: parameters, non-zeros, bytes and MACs, by leaf."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
-from effjax.core import PyTree
+from effjax.core import Apply, PyTree
 from effjax.cost import container
 from effjax.cost.coding import code, concrete
+from effjax.cost.compute import Compute, compute
 from effjax.cost.formats import cheapest, choices, floats
 from effjax.cost.layouts import Spec
 from effjax.errors import SelectorError, SetupError
 from effjax.select import leaves
+from effjax.sites import find_sites
 
 SHORT = {"dot_general": "dot", "conv_general_dilated": "conv"}
 
@@ -73,6 +75,8 @@ class Footprint(NamedTuple):
     weightless_macs: int  # of operations between activations (attention scores)
     weightless_bitops: int
     file_bytes: int  # of `ej.save_packed` without metadata, header included
+    zstd_bytes: int | None = None  # of that file, compressed; None if not asked for
+    compute: tuple[Compute, ...] = ()  # one a batch size; empty without `apply`
 
     @property
     def totals(self) -> Totals:
@@ -96,32 +100,35 @@ class Footprint(NamedTuple):
         """Plain numbers and strings, ready for JSON: {"totals": {...}, "leaves": [{...}, ...]}."""
         totals = {**self.totals._asdict(), "sparsity": self.totals.sparsity}
         rows = [{**leaf._asdict(), "shape": list(leaf.shape)} for leaf in self.leaves]
-        rest = {name: getattr(self, name) for name in self._fields if name != "leaves"}
-        return {"totals": totals, "leaves": rows, **rest}
+        rest = {n: getattr(self, n) for n in self._fields if n not in ("leaves", "compute")}
+        measured = [one.to_dict() for one in self.compute]
+        return {"totals": totals, "leaves": rows, **rest, "compute": measured}
 
     def __str__(self) -> str:
-        header = "path,shape,parameters,non-zeros,bits,stored as,bytes,op,MACs,effective"
-        rows: list[tuple[str, ...]] = [
-            (
-                leaf.path,
-                "x".join(map(str, leaf.shape)) or "scalar",
-                f"{leaf.parameters:,}" if leaf.parameters else "-",
-                f"{leaf.nonzeros:,}",
-                str(leaf.bits),
-                leaf.format,
-                f"{leaf.bytes:,}",
-                leaf.op,
-                f"{leaf.macs:,}" if leaf.op else "",
-                f"{leaf.effective_macs:,}" if leaf.op else "",
+        header = "path,shape,params,non-zeros,bits,layout,bytes,entropy,op"
+        header += ",MACs,effective,BitOps"
+        rows: list[tuple[str, ...]] = []
+        for leaf in self.leaves:
+            shape = "x".join(map(str, leaf.shape)) or "scalar"
+            parameters = f"{leaf.parameters:,}" if leaf.parameters else "-"
+            stored = (str(leaf.bits), leaf.format, f"{leaf.bytes:,}", f"{leaf.entropy_bytes:,}")
+            work = (leaf.macs, leaf.effective_macs, leaf.bitops)
+            cells = [f"{n:,}" if leaf.op else "" for n in work]
+            rows.append(
+                (leaf.path, shape, parameters, f"{leaf.nonzeros:,}", *stored, leaf.op, *cells)
             )
-            for leaf in self.leaves
-        ]
         if self.weightless_macs:
             macs = f"{self.weightless_macs:,}"
-            rows.append(("(between activations)", *[""] * 7, macs, macs))
-        parameters, nonzeros, stored, macs, effective = (f"{x:,}" for x in self.totals[:5])
-        last = ("total", "", parameters, nonzeros, "", "", stored, "", macs, effective)
-        return _align([tuple(header.split(",")), *rows, last], left={0, 1, 5, 7})
+            products = f"{self.weightless_bitops:,}"
+            rows.append(("(between activations)", *[""] * 8, macs, macs, products))
+        total = {name: f"{n:,}" for name, n in self.totals._asdict().items()}
+        sizes = (total["parameters"], total["nonzeros"], "", "", total["bytes"])
+        work_ = (total["macs"], total["effective_macs"], total["bitops"])
+        rows.append(("total", "", *sizes, total["entropy_bytes"], "", *work_))
+        packed = "" if self.zstd_bytes is None else f"; {self.zstd_bytes:,} with zstd"
+        lines = [_align([tuple(header.split(",")), *rows], left={0, 1, 5, 8})]
+        lines.append(f"as a file: {self.file_bytes:,} bytes{packed}")
+        return "\n".join([*lines, *map(str, self.compute)])
 
 
 def footprint(
@@ -130,6 +137,10 @@ def footprint(
     facts: Mapping[str, Mapping[str, Any]] | None = None,
     *,
     model_state: PyTree = None,
+    apply: Apply | None = None,
+    batch: PyTree = None,
+    batch_sizes: Sequence[int] = (1, 32),
+    zstd: bool = False,
 ) -> Footprint:
     """The cost of a model as it is shipped.
 
@@ -146,6 +157,11 @@ def footprint(
         "sparsity" (checked against the zeros).
       model_state: what is stored beside the params, BatchNorm's statistics for example: it counts
         in bytes, not in parameters.
+      apply: `Model.apply`, to compile and time the model as well (`compute`, see
+        `effjax.cost.compute`). Sites, where none are given, are found in it.
+      batch: examples for that.
+      batch_sizes: to compile for.
+      zstd: whether to measure the packed file compressed by Zstandard at level 19, too.
 
     Raises:
       SelectorError: a site or a fact names a path that the params do not have.
@@ -157,20 +173,30 @@ def footprint(
       >>> params = {"kernel": jnp.zeros((8, 8)).at[0].set(1.0), "bias": jnp.ones(8)}
       >>> facts = {"kernel": {"weight_bits": 8, "scales": 8}}
       >>> print(ej.footprint(params, facts=facts))
-      path    shape  parameters  non-zeros  bits  stored as  bytes  op  MACs  effective
-      ------  -----  ----------  ---------  ----  ---------  -----  --  ----  ---------
-      bias    8               8          8    32  dense         32
-      kernel  8x8            64          8     8  bitmask       48
-      ------  -----  ----------  ---------  ----  ---------  -----  --  ----  ---------
-      total                  72         16                      80         0          0
+      path    shape  params  non-zeros  bits  layout   bytes  entropy  op  MACs  effective  BitOps
+      ------  -----  ------  ---------  ----  -------  -----  -------  --  ----  ---------  ------
+      bias    8           8          8    32  dense       32        4
+      kernel  8x8        64          8     8  bitmask     48       37
+      ------  -----  ------  ---------  ----  -------  -----  -------  --  ----  ---------  ------
+      total              72         16                    80       41         0          0       0
+      as a file: 752 bytes
 
     (48 bytes: 8 of mask, 8 of values, 32 of scales.)
     """
     facts = facts or {}
+    if (apply is None) != (batch is None):
+        raise SetupError(
+            "footprint got only one of apply and batch; to compile and time a model it needs both."
+        )
+    sites = tuple(sites)
+    if apply is not None and not sites:
+        single = jax.tree.map(lambda x: x[:1], batch)
+        sites = find_sites(apply, params, model_state or {}, single, activations=True)
     arrays = {path: concrete(path, leaf) for path, leaf in leaves(params).items()}
     weightless, products, macs, ops = 0, 0, Counter[str](), dict[str, list[str]]()
     entries: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Mapping[str, Spec]] = {}
+    values: dict[str, Mapping[str, np.ndarray]] = {}
     for site in sites:
         if site.weight is None:
             weightless += site.macs
@@ -205,6 +231,8 @@ def footprint(
             sizes |= {f"float {name}": option.bytes for name, option in plain.items()}
         name = f"{'params' if trained else 'model_state'}/{path}"
         entries[name], tensors[name] = container.entry(coded, best), best.tensors
+        if zstd:
+            values[name] = coded.tensors(best)
         # Multiplied before it is divided: exact while MACs · parameters is an exact integer.
         effective = round(macs[path] * count / max(array.size, 1))
         op = "+".join(sorted(set(ops.get(path, []))))
@@ -230,9 +258,21 @@ def footprint(
     for path, value in leaves({} if model_state is None else model_state).items():
         if not jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
             rows.append(leaf(path, concrete(path, value), {}, False))
-    head, _ = container.header(entries, tensors, {})
+    head, order = container.header(entries, tensors, {})
     size = len(head) + sum(row.bytes for row in rows)
-    return Footprint(tuple(rows), weightless, products, size)
+    packed = _zstd(b"".join([head, *container.contents(values, order)])) if zstd else None
+    measured: tuple[Compute, ...] = ()
+    if apply is not None:
+        measured = compute(apply, params, batch, model_state, batch_sizes=batch_sizes)
+    return Footprint(tuple(rows), weightless, products, size, packed, measured)
+
+
+def _zstd(data: bytes) -> int:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise SetupError("zstd=True needs the package zstandard: pip install zstandard") from error
+    return len(zstandard.ZstdCompressor(level=19).compress(data))
 
 
 def _activation_bits(fact: Mapping[str, Any]) -> int:

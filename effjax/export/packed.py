@@ -15,7 +15,7 @@ import numpy as np
 
 from effjax.core import PyTree
 from effjax.cost.coding import code
-from effjax.cost.container import MARK, NAMES, NO_HASH, VERSION, entry, header
+from effjax.cost.container import MARK, NAMES, NO_HASH, VERSION, contents, entry, header
 from effjax.cost.layouts import layout, unpack_bits
 from effjax.errors import PackedError, SelectorError
 from effjax.select import leaves, map_named
@@ -91,8 +91,7 @@ def save_packed(
         head, order = header(entries, specs, metadata or {})
     except (TypeError, ValueError) as error:
         raise PackedError(f"the metadata {metadata!r:.200} are not JSON: {error}.") from error
-    little = [tensors[p][n].astype(tensors[p][n].dtype.newbyteorder("<")) for p, n in order]
-    data = b"".join([head, *(t.tobytes() for t in little)])
+    data = b"".join([head, *contents(tensors, order)])
     sha256 = hashlib.sha256(data).hexdigest()
     _write(Path(path), data.replace(NO_HASH.encode(), sha256.encode(), 1))
     return len(data)

@@ -19,6 +19,9 @@ _USAGE = """usage: python -m experiments list
        python -m experiments sweep NAME --over FIELD=a,b,c FIELD=0..4 [--FIELD VALUE ...]
        python -m experiments report RUNS ... [--quality a] [--cost b] [--out FOLDER]
 
+Runs and sweeps also take --track tensorboard wandb mlflow: metrics go there too; and --profile N:
+a profiler trace of N steps, in the run's folder.
+
 Runs go to runs/NAME/ID, or below $EFFJAX_RUNS. The same command again goes on with the same run.
 """
 
@@ -78,32 +81,46 @@ def _sweep(rest: list[str]) -> int:
     if not rest or rest[0].startswith("-"):
         raise UsageError("`sweep` takes an experiment's name first: sweep train --over seed=0..4")
     _find(rest[0])
+    from experiments.harness.profiling import profile_steps
     from experiments.harness.sweep import main as sweep
+    from experiments.harness.tracking import track_to
 
-    with _stoppable(rest[0]):
-        return sweep(rest[0], _import(rest[0]), rest[1:])
+    own, words = _common(rest[1:])
+    with _stoppable(rest[0]), track_to(own.track), profile_steps(own.profile):
+        return sweep(rest[0], _import(rest[0]), words)
 
 
 def _run(name: str, rest: list[str]) -> int:
     _find(name)
     import tyro
 
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    common.add_argument("--id")
-    own, rest = common.parse_known_args(rest)
+    own, rest = _common(rest, "--id")
     module = _import(name)
     config = tyro.cli(
         module.Config,
         args=rest,
         prog=f"python -m experiments {name}",
-        description=(module.__doc__ or "") + "\n--id ID names the run's folder.",
+        description=(module.__doc__ or "") + "\n"
+        "--id ID names the run's folder; for --track and --profile see python -m experiments -h.",
     )
+    from experiments.harness.profiling import profile_steps
     from experiments.harness.runs import run_id
+    from experiments.harness.tracking import track_to
 
-    with _stoppable(name), run_id(own.id):
+    with _stoppable(name), run_id(own.id), track_to(own.track), profile_steps(own.profile):
         results = module.run(config)
     _show(results)
     return 0
+
+
+def _common(words: list[str], *more: str) -> tuple[argparse.Namespace, list[str]]:
+    """What every command takes, and the words that are left."""
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common.add_argument("--track", nargs="+", default=[])
+    common.add_argument("--profile", type=int)
+    for option in more:
+        common.add_argument(option)
+    return common.parse_known_args(words)
 
 
 def _find(name: str) -> None:

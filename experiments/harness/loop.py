@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from effjax.checkpoint import Checkpoints, CheckpointWarning
 from experiments.harness.errors import ConfigError, DivergedError, Interrupted
 from experiments.harness.finite import broken_leaves, broken_loss, find_break
+from experiments.harness.profiling import Profile
 from experiments.harness.progress import Progress, say
 from experiments.harness.runs import Run
 from experiments.harness.signals import Stop
 from experiments.harness.stepper import Pace, Step, make_stepper
+from experiments.harness.tracking import tracked
 
 
 class Fitted(NamedTuple):
@@ -83,22 +85,31 @@ def fit(
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(run.checkpoints))
         state, resumed = _resume(run, checkpoints, state, steps)
-        at = int(state.step)
+        tracker = stack.enter_context(tracked(run))
+        at = first = int(state.step)
         if at >= steps:
             return Fitted(state, _last(run), resumed, time.monotonic() - began)
         stepper = make_stepper(step, state, batches, frozen, mode)
         stop = stack.enter_context(Stop())
         bar = stack.enter_context(Progress(run.label, at, steps, show))
+        profile = stack.enter_context(Profile(run))
+
+        def log(records: list[dict[str, Any]]) -> None:
+            run.metrics.append(records)
+            tracker.append(records)
+
         pace = Pace()
         while at < steps:
             until = min(steps, at + pace.block, _next(at, eval_every), _next(at, checkpoint_every))
+            until = profile.begin(at, first, until)
             started = time.monotonic()
             state, metrics = stepper(state, batches, frozen, until - at)
+            profile.took(until - at)
             pace.took(until - at, time.monotonic() - started)
             numbered = list(enumerate(metrics, at + 1))
             bad = next((i for i, m in numbered if broken_loss(m)), None)
             at = until
-            run.metrics.append(
+            log(
                 [
                     {"step": i, **_plain(m)}
                     for i, m in numbered[: None if bad is None else bad - until + len(numbered)]
@@ -109,7 +120,7 @@ def fit(
             if bad:
                 raise _diverged(run, checkpoints, stepper, state, batches, frozen, bad)
             if evaluate is not None and (at == steps or at % eval_every == 0):
-                run.metrics.append([{"step": at, **_plain(evaluate(state))}])
+                log([{"step": at, **_plain(evaluate(state))}])
             stopping = stop.signum
             if stopping or at == steps or at % checkpoint_every == 0:
                 if broken_leaves(state):

@@ -26,6 +26,7 @@ from experiments.harness.config import as_dict
 from experiments.harness.errors import ConfigError, UsageError
 from experiments.harness.loop import fit
 from experiments.harness.runs import Run, runs_root
+from experiments.harness.tracking import track_to, tracked
 
 MOST = 16
 
@@ -135,9 +136,10 @@ def fit_together(
 
     whole = _folder(runs)
     states = many.init(keys, side(jnp.int32(0)))
-    fitted = fit(
-        whole, step, states, side, steps=steps, frozen=values, evaluate=evaluate_all, **how
-    )
+    with track_to(()):  # each run is tracked by itself, below
+        fitted = fit(
+            whole, step, states, side, steps=steps, frozen=values, evaluate=evaluate_all, **how
+        )
     records = whole.metrics.read()
     for k, run in enumerate(runs):
         if k not in left:
@@ -148,6 +150,8 @@ def fit_together(
         with Checkpoints(run.checkpoints) as checkpoints:
             position = {"metrics_bytes": run.metrics.position()}
             checkpoints.save(steps, many.member(fitted.state, k), position)
+        with tracked(run):
+            pass  # all that it has is handed over
     shutil.rmtree(whole.path)
 
 

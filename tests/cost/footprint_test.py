@@ -89,8 +89,9 @@ def test_shared_weights_add_up_and_attention_has_no_weights():
 def test_it_prints_aligned_and_serialises():
     found = ej.footprint(params(), [Site("dense/kernel", "dot", 100_000)])
     lines = str(found).splitlines()
-    assert "100,000" in lines[-1]
-    assert lines[-1].startswith("total")
+    assert "100,000" in lines[-2]
+    assert lines[-2].startswith("total")
+    assert lines[-1] == f"as a file: {found.file_bytes:,} bytes"
     assert len({line.index("-  ") for line in lines if line.startswith("--")}) == 1
     plain = json.loads(json.dumps(found.to_dict()))
     assert plain["totals"]["parameters"] == 110
