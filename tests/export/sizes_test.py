@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import effjax as ej
@@ -75,3 +76,47 @@ def test_sizes_on_disk_are_those_promised(tmp_path, model, name, bits):
     plain = reader().read(path)
     for p, x in leaves(found).items():
         assert np.array_equal(plain[f"params/{p}"], x), p
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_model_answers_the_same_from_its_file(tmp_path, model, bits):
+    model, _, _, _ = model
+    images = jax.random.normal(jax.random.key(5), (4, 16, 16, 3))
+    batch = {"image": images, "label": jnp.zeros(4, jnp.int32)}
+    transform = ej.chain(
+        prune=ej.prune.magnitude(0.8, 0, 1, 1), quant=ej.quantize.qat(bits, activations=8)
+    )
+    tx = optax.sgd(0.01)
+    state = ej.init_state(jax.random.key(0), model, transform, tx, batch)
+
+    def loss(outputs, batch):
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, batch["label"]).mean()
+
+    step = jax.jit(ej.make_step(model.apply, transform, loss, tx))
+    for _ in range(3):
+        state, _ = step(state, batch)
+    facts = transform.describe(state.vars.model, state.vars.extra, state.transform)
+    ej.save_packed(tmp_path / "m", ej.export(transform, state), facts)
+    loaded = ej.load_packed(tmp_path / "m", like=state.vars.model).params
+    evaluate = ej.make_eval(model.apply, transform, lambda outputs, batch: {"sum": outputs[:, 0]})
+    shipped = state._replace(vars=state.vars._replace(model=loaded))
+    assert evaluate(shipped, batch)["sum"].total == evaluate(state, batch)["sum"].total
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("kind", ["csr", "codebook", "dense"])
+def test_numpy_alone_reads_other_layouts_and_dtypes(tmp_path, kind, dtype):
+    values = np.random.default_rng(0).normal(size=(64, 512))
+    facts = {}
+    if kind == "csr":
+        values[np.random.default_rng(1).random(values.shape) > 0.01] = 0
+    if kind == "codebook":
+        values = np.sign(values) * (1 + (abs(values) > 1))
+        facts = {"k": {"clusters": 4}}
+    params = {"k": jnp.asarray(values, dtype)}
+    [leaf] = ej.footprint(params, facts=facts).leaves
+    assert leaf.format == ("csr" if kind == "csr" else "dense")
+    assert (leaf.bits == 2) == (kind == "codebook")
+    ej.save_packed(tmp_path / "m", params, facts)
+    found = reader().read(tmp_path / "m")["params/k"]
+    assert np.array_equal(found, np.asarray(params["k"]).astype(found.dtype))
