@@ -192,8 +192,8 @@ def check_labels(loss: str, logits: Any, labels: Any) -> None:
         got = type(labels).__name__ if dtype is None or shape is None else f"{dtype}{list(shape)}"
         raise SetupError(
             f"{loss} got labels {got} for logits of shape {list(logits.shape)}; it takes one "
-            f"integer class an example, of shape {list(logits.shape[:-1])}. Labels that were mixed or "
-            "smoothed are distributions: use a loss that takes none (distill.kl)."
+            f"integer class an example, of shape {list(logits.shape[:-1])}. Labels that were mixed "
+            "or smoothed are distributions: use a loss that takes none (distill.kl)."
         )
     if logits.shape[-1] < 2:
         raise SetupError(f"{loss} got logits of one class; it needs two or more.")
