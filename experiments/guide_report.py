@@ -15,6 +15,7 @@ PLAIN, AUGMENTED, DISTILLED = "plain", "augmented", "distilled"
 PRUNED, QAT, ALL = "pruned", "QAT", "all in one step"
 PAPER = (PLAIN, AUGMENTED, DISTILLED)
 KINDS = (*PAPER, PRUNED, QAT, ALL)
+SPARSE = (PRUNED, ALL)
 KB = 1000  # the paper's kilobytes
 
 # Width: parameters, float32 KB, int8 KB, then the accuracies (%) in float32 and int8 of the three

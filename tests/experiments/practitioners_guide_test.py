@@ -57,6 +57,7 @@ def test_every_arm_is_trained_measured_and_written(finished):
     folder, shown, results = finished
     rows = results["rows"]
     wanted = ["plain, 0.25", "augmented, 0.25", *(f"{kind}, 0.1" for kind in KINDS)]
+    wanted.append(f"{guide_report.ALL}, 0.25")
     assert list(dict.fromkeys(row["name"] for row in rows)) == wanted
     assert len(rows) == 2 * len(wanted)
     for row in rows:
