@@ -86,7 +86,7 @@ def test_a_finished_run_trains_nothing_again(finished, monkeypatch):
     monkeypatch.setattr(guide_report, "KINDS", KINDS)
     run = open_run(guide.NAME, TINY)
     before = {p: p.read_bytes() for p in run.path.glob("*/metrics.jsonl")}
-    assert len(before) == 12
+    assert len(before) == 14
     assert guide.run(TINY) == shown
     assert before == {p: p.read_bytes() for p in run.path.glob("*/metrics.jsonl")}
 
