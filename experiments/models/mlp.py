@@ -18,11 +18,16 @@ import effjax as ej
 
 @dataclass(frozen=True)
 class Spec:
-    """Layer sizes: `inputs` features, `hidden` units of each hidden layer, `classes` outputs."""
+    """Layer sizes: `inputs` features, `hidden` units of each hidden layer, `classes` outputs.
+
+    `dropout` is the fraction of hidden units that training drops, `inputs_dropout` of features.
+    """
 
     inputs: int = 784
     hidden: tuple[int, ...] = (300, 100)
     classes: int = 10
+    dropout: float = 0.0
+    inputs_dropout: float = 0.0
 
 
 class LinenMLP(nn.Module):
@@ -31,10 +36,12 @@ class LinenMLP(nn.Module):
     spec: Spec = Spec()
 
     @nn.compact
-    def __call__(self, image: Array) -> Array:
+    def __call__(self, image: Array, train: bool = False) -> Array:
         x = image.reshape(image.shape[0], -1)
+        x = nn.Dropout(self.spec.inputs_dropout, deterministic=not train)(x)
         for i, units in enumerate(self.spec.hidden):
             x = nn.relu(nn.Dense(units, name=f"dense_{i}")(x))
+            x = nn.Dropout(self.spec.dropout, deterministic=not train)(x)
         return nn.Dense(self.spec.classes, name="head")(x)
 
 
@@ -47,11 +54,13 @@ class NNXMLP(nnx.Module):
         for i in range(self.depth):
             setattr(self, f"dense_{i}", nnx.Linear(sizes[i], sizes[i + 1], rngs=rngs))
         self.head = nnx.Linear(sizes[-1], spec.classes, rngs=rngs)
+        self.drop_inputs = nnx.Dropout(spec.inputs_dropout, rngs=rngs)
+        self.drop = nnx.Dropout(spec.dropout, rngs=rngs)
 
     def __call__(self, image: Array) -> Array:
-        x = image.reshape(image.shape[0], -1)
+        x = self.drop_inputs(image.reshape(image.shape[0], -1))
         for i in range(self.depth):
-            x = nnx.relu(getattr(self, f"dense_{i}")(x))
+            x = self.drop(nnx.relu(getattr(self, f"dense_{i}")(x)))
         return self.head(x)
 
 

@@ -1,0 +1,59 @@
+"""Distillation on MNIST, at a size that a test has time for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import distill_mnist
+from experiments.distill_mnist import ALONE, DISTILLED, TEACHER, Config, bounded_norm
+from experiments.models import mlp
+
+
+def test_a_small_run_counts_errors_and_goes_on_without_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFJAX_RUNS", str(tmp_path))
+    sizes = {"teacher": (256, 256), "student": (32,), "epochs": 25, "batch": 32}
+    config = Config(seeds=1, dataset="digits", shift=0, learning_rate=3e-3, save=False, **sizes)
+    found = distill_mnist.run(config)
+    assert list(found) == [TEACHER, ALONE, DISTILLED]
+    assert all(0 < errors < 90 for errors in found.values())  # of 360; guessing makes 324
+    logs = sorted(tmp_path.glob("*/*/*/metrics.jsonl"))
+    before = [p.read_bytes() for p in logs]
+    assert distill_mnist.run(config) == found
+    assert [p.read_bytes() for p in logs] == before
+    text = next(tmp_path.glob("*/*/report/distill_mnist.md")).read_text()
+    assert "(published errors)" in text
+    assert "146" in text
+
+
+def test_published_networks_have_their_sizes():
+    for hidden, parameters in (((1200, 1200), 2_395_210), ((800, 800), 1_276_810)):
+        shapes, _ = jax.eval_shape(
+            mlp.model(mlp.Spec(784, hidden)).init,
+            jax.random.key(0),
+            {"image": jnp.zeros((1, 28, 28, 1))},
+        )
+        assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
+
+
+def test_columns_are_bounded_and_biases_left_alone():
+    params = {"kernel": jnp.array([[3.0, 0.3], [4.0, 0.4]]), "bias": jnp.array([9.0, 9.0])}
+    tx = optax.chain(optax.sgd(1.0), bounded_norm(1.0))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    new = optax.apply_updates(params, updates)
+    assert np.allclose(new["kernel"], [[0.6, 0.3], [0.8, 0.4]])
+    assert new["bias"].tolist() == [9, 9]
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_dropout_acts_in_training_alone(library):
+    model = mlp.model(mlp.Spec(16, (32,), dropout=0.5, inputs_dropout=0.2), library)
+    batch = {"image": jnp.ones((4, 4, 4, 1))}
+    params, state = model.init(jax.random.key(0), batch)
+    keys = jax.random.split(jax.random.key(1), 2)
+    train, test = (
+        [model.apply(params, state, batch, key, mode)[0] for key in keys] for mode in (True, False)
+    )
+    assert not np.allclose(*train)
+    assert np.array_equal(*test)
