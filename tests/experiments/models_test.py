@@ -8,7 +8,7 @@ from flax import linen
 
 import effjax as ej
 from effjax.select import leaves
-from experiments.models import cnn, mlp
+from experiments.models import cnn, lenet, mlp, vgg, vit, wrn
 from experiments.models.pool import max_pool
 
 # The practitioner's guide's table: width multiplier and parameters, which there include the moving
@@ -46,6 +46,46 @@ def test_cnn_has_the_published_number_of_parameters(library, width, parameters):
 def test_mlp_has_the_published_number_of_parameters(library):
     params, _ = abstract(mlp.model(library=library), (1, 28, 28, 1))
     assert count(params) == 266_610
+
+
+# Exact where a paper or its code gives the number, else to the digits that are published.
+VIT_TINY = vit.Spec(192, (3,) * 12, 64, (768,) * 12, size=224, patch=16, classes=1000)
+SIZES = [
+    (lenet, lenet.Spec(), (1, 28, 28, 1), 431_080, 0),
+    (vgg, vgg.Spec(), (1, 32, 32, 3), 4.66e6, 5e3),
+    (wrn, wrn.Spec(28, 10), (1, 32, 32, 3), 36.5e6, 5e4),
+    (wrn, wrn.Spec(16, 8), (1, 32, 32, 3), 11.0e6, 5e4),
+    (wrn, wrn.Spec(40, 4), (1, 32, 32, 3), 8.9e6, 5e4),
+    (wrn, wrn.Spec(22, 2), (1, 32, 32, 3), 1.1e6, 5e4),
+    # DeiT-Ti has 5,717,416, with a class token and its position, which ours does without.
+    (vit, VIT_TINY, (1, 224, 224, 3), 5_717_416 - 2 * 192, 0),
+]
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+@pytest.mark.parametrize(("family", "spec", "shape", "parameters", "rounding"), SIZES)
+def test_networks_have_their_published_sizes(library, family, spec, shape, parameters, rounding):
+    params, _ = abstract(family.model(spec, library), shape)
+    assert abs(count(params) - parameters) <= rounding
+
+
+def test_vgg_small_by_hand():
+    convolutions = 9 * (3 * 128 + 128 * 128 + 128 * 256 + 256 * 256 + 256 * 512 + 512 * 512)
+    params, _ = abstract(vgg.model(), (1, 32, 32, 3))
+    assert count(params) == convolutions + 4 * (128 + 256 + 512) + (4 * 4 * 512 + 1) * 10
+
+
+@pytest.mark.parametrize(
+    ("family", "wrong", "says"),
+    [
+        (wrn, {"depth": 20}, "multiple of 6"),
+        (vgg, {"size": 28}, "halve 3 times"),
+        (lenet, {"size": 30}, "multiple of 4"),
+    ],
+)
+def test_sizes_that_cannot_be(family, wrong, says):
+    with pytest.raises(ValueError, match=says):
+        family.Spec(**wrong)
 
 
 @pytest.mark.parametrize(

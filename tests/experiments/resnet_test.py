@@ -1,4 +1,4 @@
-"""The residual networks and the transformer: Linen equal to NNX, and what trains."""
+"""Deeper networks and the transformer: Linen equal to NNX, and what trains."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from effjax.select import leaves, map_named
-from experiments.models import resnet, vit
+from experiments.models import lenet, resnet, vgg, vit, wrn
 
 RESNET = resnet.Spec(stages=(4, 6), blocks=1, inner=(3, 5), channels=1, classes=3)
 CASES = [
@@ -14,16 +14,22 @@ CASES = [
     (resnet, resnet.Spec(stages=(4, 6), blocks=1, shortcut="B", channels=1, classes=3)),
     (resnet, resnet.Spec(stages=(4, 6), blocks=1, pads=((0, 2),), channels=1, classes=3)),
     (vit, vit.Spec(features=8, heads=(2,), dim=3, hidden=(6,), size=8, channels=1, classes=3)),
+    (vgg, vgg.Spec(size=8, channels=1, stages=(4, 6), classes=3)),
+    (wrn, wrn.Spec(depth=10, width=1, channels=1, classes=3)),
+    (wrn, wrn.Spec(depth=16, width=2, channels=1, classes=3)),
 ]
+LENET = lenet.Spec(size=16, features=(3, 4), hidden=5, classes=3)
 BATCH = {"image": np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)}
 
 
-@pytest.mark.parametrize(("family", "spec"), CASES)
+@pytest.mark.parametrize(("family", "spec"), [*CASES, (lenet, LENET)])
 def test_linen_and_nnx_name_their_leaves_alike_and_compute_the_same(family, spec):
     outputs, shapes = [], []
+    side = 16 if family is lenet else 8
+    batch = {"image": np.tile(BATCH["image"], (1, side // 8, side // 8, 1))}
     for library in ("linen", "nnx"):
         model = family.model(spec, library)
-        params, state = jax.eval_shape(model.init, jax.random.key(0), BATCH)
+        params, state = jax.eval_shape(model.init, jax.random.key(0), batch)
         shapes.append({name: x.shape for name, x in leaves(params).items()})
 
         def draw(path, leaf):
@@ -32,7 +38,7 @@ def test_linen_and_nnx_name_their_leaves_alike_and_compute_the_same(family, spec
             return 1 + 0.5 * np.tanh(noise) if path.endswith("var") else 0.3 * noise
 
         params, state = map_named(draw, params), map_named(draw, state)
-        run = jax.jit(lambda p, s, m=model: m.apply(p, s, BATCH, jax.random.key(0), False)[0])
+        run = jax.jit(lambda p, s, m=model: m.apply(p, s, batch, jax.random.key(0), False)[0])
         outputs.append(run(params, state))
     assert shapes[0] == shapes[1]
     assert outputs[0].shape == (4, 3)
