@@ -10,11 +10,14 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import effjax as ej
+from effjax.distill import Match, embedded
 from effjax.testing import LAWS, Case, check_transform
 from tests import nets
 
 MODELS = {"linen": nets.linen, "nnx": nets.nnx_, "raw": nets.raw}
 TEACHER = nets.linen(features=16)
+TAUGHT = ("distill", "features")
+TAPS = {"raw": "hidden", "linen": "conv2", "nnx": "conv2"}
 # Law 1 is about the chain without members.
 WITH_ANY = [law for law in LAWS if law != 1]
 
@@ -63,6 +66,13 @@ TRANSFORMS = {
     "qat": lambda model: ej.quantize.qat(),
     "qat_static": lambda model: ej.quantize.qat(ranges="static", start=1),
     "distill": lambda model: ej.distill.logits(TEACHER.apply, temperature=2.0),
+    "features": lambda model: ej.distill.features(
+        TEACHER.apply,
+        {
+            "alike": Match(TAPS[model], "conv2", ej.distill.similarity),
+            "contrast": Match(f"{TAPS[model]}:in", "head:in", embedded(size=4), alpha=0.1),
+        },
+    ),
     "augment": lambda model: ej.augment.images(
         ej.augment.flip(), ej.augment.translate(2), ej.augment.erasing()
     ),
@@ -75,6 +85,7 @@ PAIRS = list(itertools.combinations(PAIRED, 2))
 # The others meet quantization alone.
 PAIRS += [(name, "qat") for name in ("rigl", "sparse_momentum", "soft_threshold", "hard_concrete")]
 PAIRS += [(name, "qat") for name in ("group_lasso", "proximal_lasso", "ema")]
+PAIRS += [("qat", "features")]
 
 
 def teacher():
@@ -83,7 +94,7 @@ def teacher():
 
 def case(model, **transforms):
     chained = ej.chain(**{name: make(model) for name, make in transforms.items()})
-    frozen = {"distill": teacher()} if "distill" in transforms else None
+    frozen = {name: teacher() for name in transforms if name in TAUGHT} or None
     params, _ = jax.eval_shape(MODELS[model]().init, jax.random.key(0), nets.BATCH)
     rules = [
         (f"^{path}$", PartitionSpec(*[None] * (x.ndim - 1), "model"))
@@ -155,7 +166,7 @@ def test_all_four(model):
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_linen_and_nnx_give_the_same_numbers(name):
     """Law 11. Without dropout, whose keys the two libraries derive differently."""
-    frozen = {"t": teacher()} if name == "distill" else None
+    frozen = {"t": teacher()} if name in TAUGHT else None
     given = nets.nnx_(dropout=0.0).init(jax.random.key(0), nets.BATCH)
     runs = []
     for model, (params, stats) in (

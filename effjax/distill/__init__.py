@@ -1,13 +1,18 @@
 """Distillation: losses of logits, features and relations, and the transforms that add them to a
 step."""
 
+from effjax.distill.features import Match, features
 from effjax.distill.hints import attention_transfer, fsp, hint, nst, vid
-from effjax.distill.logits import Teacher, logits
+from effjax.distill.learned import Learned, embedded, projected, variational
+from effjax.distill.logits import logits
 from effjax.distill.losses import cosine, dist, kl, mse
 from effjax.distill.relations import crd, minilm, rkd_angle, rkd_distance, similarity
 from effjax.distill.targets import TopK, dkd, hard, label_smoothing, top_k, top_k_kl
+from effjax.distill.teachers import Teacher, ensemble
 
 __all__ = [
+    "Learned",
+    "Match",
     "Teacher",
     "TopK",
     "attention_transfer",
@@ -15,6 +20,9 @@ __all__ = [
     "crd",
     "dist",
     "dkd",
+    "embedded",
+    "ensemble",
+    "features",
     "fsp",
     "hard",
     "hint",
@@ -24,10 +32,12 @@ __all__ = [
     "minilm",
     "mse",
     "nst",
+    "projected",
     "rkd_angle",
     "rkd_distance",
     "similarity",
     "top_k",
     "top_k_kl",
+    "variational",
     "vid",
 ]

@@ -1,7 +1,7 @@
 """Logit distillation: the student learns the softened outputs of a teacher."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,9 @@ from jax import Array
 
 from effjax.core import Apply, Ctx, Forward, Metrics, PyTree, Setup, Transform, abstract_key
 from effjax.distill.losses import check_logits, kl
+from effjax.distill.teachers import cast, check_apply, check_teacher
 from effjax.errors import SetupError
 from effjax.schedules import Scalar, Schedule, as_schedule, is_traced
-
-
-class Teacher(NamedTuple):
-    """A trained model as the step's frozen input: `frozen={"kd": Teacher(params, model_state)}`."""
-
-    params: PyTree
-    model_state: PyTree
 
 
 def logits(
@@ -77,11 +71,7 @@ def logits(
     Reference: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015,
       https://arxiv.org/abs/1503.02531.
     """
-    if not callable(teacher):
-        raise SetupError(
-            f"distill.logits got a {type(teacher).__name__} as teacher; it takes the function that "
-            "runs it, `model.apply`. The teacher's weights go into the step's frozen argument."
-        )
+    check_apply("distill.logits", teacher)
     if not (callable(temperature) or is_traced(temperature)) and not 0 < temperature < float("inf"):
         raise SetupError(f"the temperature is {temperature}; it divides logits, so it is > 0.")
     if not (callable(alpha) or is_traced(alpha)) and not 0 <= alpha < float("inf"):
@@ -89,14 +79,13 @@ def logits(
     temperature_at, alpha_at = as_schedule(temperature), as_schedule(alpha)
 
     def run_teacher(frozen: PyTree, batch: PyTree, key: Array) -> Array:
-        params, model_state = _check_teacher(frozen)
-        if dtype is not None:
-            params, batch = _cast((params, batch), dtype)
+        params, model_state = check_teacher("distill.logits", frozen)
+        params, batch = cast((params, batch), dtype)
         outputs, _ = teacher(params, model_state, batch, key, False)
         return teacher_logits(outputs)
 
     def init(key: Array, params: PyTree, setup: Setup) -> tuple[PyTree, PyTree]:
-        _check_teacher(setup.frozen)
+        check_teacher("distill.logits", setup.frozen)
         taught = jax.eval_shape(run_teacher, setup.frozen, setup.batch, abstract_key())
         student = jax.eval_shape(student_logits, setup.trace(params)[0])
         check_logits(student, taught)
@@ -133,23 +122,3 @@ def logits(
         }
 
     return Transform(init=init, wrap=wrap, loss=loss, report=report, kind="distill")
-
-
-def _check_teacher(frozen: PyTree) -> Teacher:
-    if frozen is None:
-        raise SetupError(
-            "distill.logits got no teacher. Give its weights to init_state and to each step: "
-            "frozen={'kd': Teacher(params, model_state)}, under the transform's name in the chain."
-        )
-    if not isinstance(frozen, tuple | list) or len(frozen) != 2:
-        raise SetupError(
-            f"the teacher given as frozen input is a {type(frozen).__name__}; it is a pair "
-            "Teacher(params, model_state), with {} for a model without state."
-        )
-    return Teacher(*frozen)
-
-
-def _cast(tree: PyTree, dtype: Any) -> PyTree:
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
