@@ -16,7 +16,7 @@ from tests import nets
 
 MODELS = {"linen": nets.linen, "nnx": nets.nnx_, "raw": nets.raw}
 TEACHER = nets.linen(features=16)
-TAUGHT = ("distill", "features")
+TAUGHT = ("distill", "dkd", "features")
 TAPS = {"raw": "hidden", "linen": "conv2", "nnx": "conv2"}
 # Law 1 is about the chain without members.
 WITH_ANY = [law for law in LAWS if law != 1]
@@ -66,6 +66,7 @@ TRANSFORMS = {
     "qat": lambda model: ej.quantize.qat(),
     "qat_static": lambda model: ej.quantize.qat(ranges="static", start=1),
     "distill": lambda model: ej.distill.logits(TEACHER.apply, temperature=2.0),
+    "dkd": lambda model: ej.distill.logits(TEACHER.apply, ej.distill.dkd),
     "features": lambda model: ej.distill.features(
         TEACHER.apply,
         {

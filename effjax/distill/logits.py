@@ -1,5 +1,7 @@
 """Logit distillation: the student learns the softened outputs of a teacher."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,18 +18,20 @@ from effjax.schedules import Scalar, Schedule, as_schedule, is_traced
 
 def logits(
     teacher: Apply,
+    loss: Callable[..., Array] = kl,
     *,
     temperature: Scalar | Schedule = 4.0,
     alpha: Scalar | Schedule = 1.0,
     student_logits: Callable[[PyTree], Array] = lambda outputs: outputs,
     teacher_logits: Callable[[PyTree], Array] = lambda outputs: outputs,
+    labels: Callable[[PyTree], Array] = lambda batch: batch["label"],
     dtype: Any = None,
 ) -> Transform:
     """Distils a teacher's logits into the model.
 
     Adds the loss term "kl" = alpha * mean over examples of T^2 KL(teacher / T || student / T), see
-    `losses.kl`, to the task's loss. For Hinton's (1 - a) CE + a T^2 KL give alpha=a and scale
-    your own loss by 1 - a.
+    `losses.kl`, or another loss of logits in its place, to the task's loss. For Hinton's
+    (1 - a) CE + a T^2 KL give alpha=a and scale your own loss by 1 - a.
 
     The teacher runs in evaluation mode on the batch as the student sees it, augmented, once a
     step, in training only. Its weights are the step's frozen input, an argument of the program:
@@ -36,11 +40,15 @@ def logits(
     less to trace.
 
     Args:
-      teacher: `model.apply` of the teacher.
+      teacher: `model.apply` of the teacher; of several, see `ensemble`.
+      loss: `(student_logits, teacher_logits) -> Array`, averaged; it may also take arguments named
+        `temperature` and `labels` (`dkd`), which it is then given. The term has its name, "kl"
+        for `kl`; settings of its own are bound by `functools.partial`.
       temperature: T > 0; a number, a traced value, or a schedule (step -> value).
       alpha: weight of the term >= 0; a number, a traced value, or a schedule.
       student_logits: from the student's outputs to its logits, floating [..., classes].
       teacher_logits: from the teacher's outputs to its logits, of the same shape.
+      labels: from the batch to integer classes [...], for a loss that takes them.
       dtype: run the teacher in this dtype (`jnp.bfloat16`): floating params and batch entries are
         cast.
 
@@ -76,6 +84,9 @@ def logits(
         raise SetupError(f"the temperature is {temperature}; it divides logits, so it is > 0.")
     if not (callable(alpha) or is_traced(alpha)) and not 0 <= alpha < float("inf"):
         raise SetupError(f"alpha is {alpha}; it weights a loss, so it is >= 0.")
+    accepted = inspect.signature(loss).parameters
+    term = getattr(loss.func if isinstance(loss, functools.partial) else loss, "__name__", "loss")
+    term = "loss" if term == "<lambda>" else term
     temperature_at, alpha_at = as_schedule(temperature), as_schedule(alpha)
 
     def run_teacher(frozen: PyTree, batch: PyTree, key: Array) -> Array:
@@ -89,7 +100,23 @@ def logits(
         taught = jax.eval_shape(run_teacher, setup.frozen, setup.batch, abstract_key())
         student = jax.eval_shape(student_logits, setup.trace(params)[0])
         check_logits(student, taught)
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        jax.eval_shape(distance, student, taught, setup.batch, step)
         return {}, {}
+
+    def distance(student: Array, taught: Array, batch: PyTree, step: Array) -> Array:
+        given: dict[str, Any] = {}
+        if "temperature" in accepted:
+            given["temperature"] = temperature_at(step)
+        if "labels" in accepted:
+            try:
+                given["labels"] = labels(batch)
+            except (KeyError, TypeError) as error:
+                raise SetupError(
+                    f"{term} needs the labels, and the batch has no entry {error}. Say where they "
+                    "are: logits(..., labels=lambda batch: ...)."
+                ) from error
+        return jnp.mean(loss(student, taught, **given))
 
     def wrap(forward: Forward, extra: PyTree, state: PyTree, ctx: Ctx) -> Forward:
         if not ctx.train:
@@ -110,9 +137,9 @@ def logits(
         same = jnp.argmax(student_logits(outputs), axis=-1) == jnp.argmax(taught, axis=-1)
         return jnp.mean(same, dtype=jnp.float32)
 
-    def loss(outputs, batch, aux, extra, state, ctx) -> Metrics:
-        distance = kl(student_logits(outputs), aux["teacher"], temperature_at(ctx.step))
-        return {"kl": alpha_at(ctx.step) * jnp.mean(distance)}
+    def losses(outputs, batch, aux, extra, state, ctx) -> Metrics:
+        found = distance(student_logits(outputs), aux["teacher"], batch, ctx.step)
+        return {term: alpha_at(ctx.step) * found}
 
     def report(vars, state, aux, ctx) -> Metrics:
         return {
@@ -121,4 +148,4 @@ def logits(
             "alpha": jnp.asarray(alpha_at(ctx.step), jnp.float32),
         }
 
-    return Transform(init=init, wrap=wrap, loss=loss, report=report, kind="distill")
+    return Transform(init=init, wrap=wrap, loss=losses, report=report, kind="distill")

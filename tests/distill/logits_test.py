@@ -185,6 +185,23 @@ def test_flax_teachers_with_state_in_float32_and_bfloat16(flavour):
     np.testing.assert_allclose(half["kd/kl"], full["kd/kl"], rtol=2e-2)
 
 
+@pytest.mark.parametrize("name", ["mse", "dist", "dkd", "hard", "cosine", "kl"])
+def test_any_loss_of_logits_plugs_in(name):
+    loss, teacher = getattr(ej.distill, name), weights(1)
+    kd = ej.distill.logits(linear, loss, temperature=2.0, alpha=lambda step: 0.5)
+    _, metrics = run(kd, {"kd": Teacher(teacher, {})})
+    given = [linear(w, {}, BATCH, None, True)[0] for w in (weights(0), teacher)]
+    given += [BATCH["label"]] if name == "dkd" else []
+    given += [2.0] if name in ("dist", "dkd", "kl") else []
+    np.testing.assert_allclose(metrics[f"kd/{name}"], 0.5 * jnp.mean(loss(*given)), rtol=1e-5)
+
+
+def test_a_loss_with_labels_needs_them_before_the_first_step():
+    frozen = {"kd": Teacher(weights(1), {})}
+    with pytest.raises(ej.errors.SetupError, match=r"dkd needs the labels.*label.*labels="):
+        run(ej.distill.logits(linear, ej.distill.dkd), frozen, batch={"x": BATCH["x"]})
+
+
 def wide(params, model_state, batch, key, train):
     return jnp.zeros((len(batch["x"]), CLASSES + 1)), model_state
 
