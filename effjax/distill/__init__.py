@@ -1,6 +1,7 @@
 """Distillation: losses of logits, features and relations, and the transforms that add them to a
 step."""
 
+from effjax.distill.average import mean_teacher
 from effjax.distill.features import Match, features
 from effjax.distill.hints import attention_transfer, fsp, hint, nst, vid
 from effjax.distill.learned import Learned, embedded, projected, variational
@@ -29,6 +30,7 @@ __all__ = [
     "kl",
     "label_smoothing",
     "logits",
+    "mean_teacher",
     "minilm",
     "mse",
     "nst",
