@@ -1,4 +1,4 @@
-"""Twelve ways to distil one teacher into one student, and the best two in one compressed step.
+"""Eleven ways to distil one teacher into one student, and the best two in one compressed step.
 
 A small strided CNN learns Fashion-MNIST alone and from a CNN of four times its widths: by its
 logits (KL, DKD, DIST, squared error), by its features (FitNets' hint, attention transfer, NST, VID)
