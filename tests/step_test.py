@@ -272,7 +272,7 @@ def test_weak_types_of_a_transform_do_not_compile_twice():
     step = jax.jit(ej.make_step(LINEN.apply, ej.chain(weak=weak), cross_entropy, tx))
     for _ in range(3):
         state, _ = step(state, BATCH)
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1  # jax may drop entries, in a long process
 
 
 @pytest.mark.parametrize("tx", [optax.adamw(1e-2), optax.sgd(0.1, momentum=0.9)])

@@ -118,7 +118,7 @@ def test_the_teacher_is_an_argument_of_the_program_and_gets_no_gradient():
     first = jitted(state, BATCH, frozen)[1]["kd/kl"]
     second = jitted(state, BATCH, {"kd": Teacher(weights(2), {})})[1]["kd/kl"]
     assert float(first) != float(second)
-    assert jitted._cache_size() == 1
+    assert jitted._cache_size() <= 1  # jax may drop entries, in a long process
 
 
 def test_the_teacher_sees_the_augmented_batch_and_runs_in_evaluation_mode():

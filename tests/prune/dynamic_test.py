@@ -201,7 +201,7 @@ def test_every_step_has_the_exact_density(method, tx):
                     assert not np.any(np.asarray(x)[~mask]), f"{name} at step {t}"
         assert float(metrics["prune/sparsity"]) == pytest.approx(0.9, abs=1e-3)
     assert np.isfinite(float(metrics["loss"]))
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1  # jax may drop entries, in a long process
 
 
 def test_erk_is_met():

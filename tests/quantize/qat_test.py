@@ -426,7 +426,7 @@ def train_step(model, transform, steps=3, batch=nets.BATCH, tx=None):
     for _ in range(steps):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1  # jax may drop entries, in a long process
     return state, losses
 
 
