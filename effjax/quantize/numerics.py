@@ -33,14 +33,18 @@ class Grid(NamedTuple):
     identity: Array  # bool []: the width means float
 
 
-def check_bits(bits: Bits, what: str) -> None:
-    """Raises unless bits is 2..8, or 16 and more for float; a traced width passes."""
+def check_bits(bits: Bits, what: str, least: int = 2) -> None:
+    """Raises unless bits is `least`..8, or 16 and more for float; a traced width passes."""
     if is_traced(bits):
         return
-    if isinstance(bits, bool) or int(bits) != bits or not (2 <= bits <= WIDEST or bits >= FLOAT):
+    if (
+        isinstance(bits, bool)
+        or int(bits) != bits
+        or not (least <= bits <= WIDEST or bits >= FLOAT)
+    ):
         raise SetupError(
-            f"{what} has {bits} bits; a quantized value has 2 to {WIDEST}, like the integers that "
-            f"hardware multiplies, and {FLOAT} or more leave it in floating point."
+            f"{what} has {bits} bits; a quantized value has {least} to {WIDEST}, like the "
+            f"integers that hardware multiplies, and {FLOAT} or more leave it in floating point."
         )
 
 

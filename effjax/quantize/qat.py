@@ -1,7 +1,6 @@
 """Quantization-aware training: the operands of the model's operations are rounded to integer grids
 while it trains, so that it can be shipped in integers."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -9,17 +8,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from effjax.core import Ctx, Forward, Metrics, PyTree, Setup, Transform, Vars
-from effjax.errors import SetupError, SiteError
-from effjax.interpret import Handler, Operation, intercept
-from effjax.jaxprs import GATHER
-from effjax.quantize import numerics
+from effjax.errors import SetupError
+from effjax.interpret import Operation
+from effjax.quantize import engine, numerics
 from effjax.quantize.numerics import Grid
-from effjax.quantize.rules import Bits, Rules, is_float
+from effjax.quantize.rules import Bits
 from effjax.schedules import check_fraction, is_traced
 from effjax.select import KERNELS
-from effjax.sites import Analysis, Site, analyze_model
-
-EMBEDDINGS = r"(^|/)embedding$"
 
 
 def qat(
@@ -102,30 +97,15 @@ def qat(
     2018, https://arxiv.org/abs/1806.08342.
     """
     default = Bits(weights, activations)
-    for what, bits in (("qat()", default), *((f"the rule {p!r}", b) for p, b in rules)):
-        for operand, width in zip(Bits._fields, Bits(*bits), strict=True):
-            numerics.check_bits(width, f"{operand} of {what}")
+    asked = engine.rules_of("qat", default, rules, select, embeddings, products)
     if ranges not in ("dynamic", "static"):
         raise SetupError(f"ranges is {ranges!r}; activation ranges are 'dynamic' or 'static'.")
     check_fraction(decay, "the decay of the ranges")
-    asked = Rules(
-        select,
-        tuple((pattern, Bits(*bits)) for pattern, bits in rules),
-        default,
-        EMBEDDINGS if embeddings is True else embeddings or None,
-        "^@" if products is True else products or None,
-    )
     static = ranges == "static"
 
     def init(key: Array, params: PyTree, setup: Setup) -> tuple[PyTree, PyTree]:
-        found = analyze_model(setup.apply, params, setup.model_state, setup.batch, train=True)
-        sites = asked.check(params, found)
-
-        def scales(tables: bool) -> dict[str, Array]:
-            some = [site for site in sites if (site.op == GATHER) is tables]
-            return {s.path: jnp.asarray(_scales(s, per_channel), jnp.int32) for s in some}
-
-        state: dict[str, Any] = {"scales": scales(False), "tables": scales(True)}
+        sites = engine.find(asked, params, setup)
+        state: dict[str, Any] = dict(engine.scale_counts(sites, per_channel))
         if static:
             stacks = {name: site.stack for site in sites for name in asked.inputs(site).values()}
             state["ranges"] = {n: jnp.zeros(stack, jnp.float32) for n, stack in stacks.items()}
@@ -156,39 +136,34 @@ def qat(
                 known = count > 0
             return largest.reshape((1,) * x.ndim), known, seen
 
-        def handler(op: Operation) -> tuple[Array, PyTree]:
-            site, operands = op.site, list(op.operands)
-            bits = op.shared["bits"][asked.which(site.path)]
-            seen: dict[str, Array] = {}
-            if site.weight is not None and not is_float(asked.at(site.path).weights):
-                w, g = operands[site.weight], grid(bits.weights, op.shared)
-                channels = site.channels[site.weight] if per_channel else ()
-                scale = numerics.scale_of(numerics.absmax(w, channels), g)
-                operands[site.weight] = numerics.fake_quant(w, scale, g)
-            for i, name in asked.inputs(site).items():
-                x, g = operands[i], grid(bits.activations, op.shared)
-                largest, known, found = range_of(op, x, name)
-                g = g._replace(identity=g.identity | ~known)
-                operands[i] = numerics.fake_quant(x, numerics.scale_of(largest, g), g, static)
-                seen |= found
-            return op.run(*operands), seen
+        def weight(op: Operation, w: Array, bits: numerics.Bits) -> tuple[Array, PyTree]:
+            assert op.site.weight is not None
+            g = grid(bits, op.shared)
+            channels = op.site.channels[op.site.weight] if per_channel else ()
+            return numerics.fake_quant(w, numerics.scale_of(numerics.absmax(w, channels), g), g), {}
 
-        def choose(site: Site) -> Handler | None:
-            return handler if asked.takes(site) else None
+        def activation(
+            op: Operation, x: Array, bits: numerics.Bits, name: str
+        ) -> tuple[Array, PyTree]:
+            g = grid(bits, op.shared)
+            largest, known, seen = range_of(op, x, name)
+            g = g._replace(identity=g.identity | ~known)
+            return numerics.fake_quant(x, numerics.scale_of(largest, g), g, static), seen
 
-        def check(analysis: Analysis) -> None:
-            found = {site.path for site in analysis.sites if asked.takes(site)}
-            _check_same(found, set(state["scales"]) | set(state["tables"]), ctx.train, static)
+        rounded = engine.round_sites(
+            forward,
+            asked,
+            weight,
+            activation,
+            known=[*state["scales"], *state["tables"]],
+            train=ctx.train,
+            strict=static,
+            given=_by_site(state) if static else None,
+            shared={"step": ctx.step, "start": start, "decay": decay},
+        )
 
         def quantized(params, model_state, batch, key, train):
-            def closed(params, model_state, batch, key):
-                return forward(params, model_state, batch, key, train)
-
-            given = _by_site(state) if static else None
-            shared = {"bits": asked.widths, "step": ctx.step, "start": start, "decay": decay}
-            run = intercept(closed, choose, given=given, shared=shared, check=check)
-            (outputs, model_state, aux), measured = run(params, model_state, batch, key)
-            seen = {name: value for found in measured.values() for name, value in found.items()}
+            outputs, model_state, aux, seen = rounded(params, model_state, batch, key, train)
             return outputs, model_state, {**aux, "ranges": seen}
 
         return quantized
@@ -238,21 +213,3 @@ def _by_site(state: PyTree) -> dict[str, dict[str, tuple[Array, Array]]]:
     ranges, count = state["ranges"], state["count"]
     names = {path: (path, f"{path}/lhs", f"{path}/rhs") for path in state["scales"]}
     return {p: {n: (ranges[n], count[n]) for n in own if n in ranges} for p, own in names.items()}
-
-
-def _scales(site: Site, per_channel: bool) -> int:
-    return site.scales if per_channel or site.weight is None else math.prod(site.stack)
-
-
-def _check_same(found: set[str], known: set[str], train: bool, static: bool) -> None:
-    """Raises if the forward pass has other sites than the model had at `init`."""
-    missing, added = sorted(known - found), sorted(found - known)
-    if found and not (train and missing) and not (static and added):
-        return
-    raise SiteError(
-        f"the forward pass has other sites than the model at init: missing {missing}, added "
-        f"{added}. Likely causes: another apply than the one init was given; another transform "
-        "whose wrap runs the model twice (put the quantization inside it: later in the chain); "
-        "params closed over instead of passed; or, for static ranges, a model that does more in "
-        "evaluation than in training."
-    )
