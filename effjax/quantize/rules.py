@@ -114,6 +114,8 @@ class Rules(NamedTuple):
             if path not in leaves(params) and not path.startswith("@"):
                 leaf = path.rpartition("#")[0]
                 facts["@" + path] = fact
+            elif any(other.startswith(path + "#") for other in state["scales"]):
+                facts["@" + path] = fact
             # A leaf used at several sites is stored at the widest.
             known = facts.setdefault(leaf, {})
             facts[leaf] = {n: max(fact.get(n, 0), known.get(n, 0)) for n in {**known, **fact}}

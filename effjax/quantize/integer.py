@@ -1,0 +1,392 @@
+"""Integer execution: a model trained with `qat` as a program on integers.
+
+At each quantized site both operands are integer codes, their products are summed in int32, and the
+sums are scaled once. The weights are stored as codes and scales, and are arguments of the program.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from effjax.core import Apply, PyTree, Transform
+from effjax.errors import SelectorError, SetupError, SiteError
+from effjax.interpret import Handler, Operation, intercept
+from effjax.jaxprs import CONV
+from effjax.quantize import kernels, numerics
+from effjax.select import leaves
+from effjax.sites import Analysis, Site, analyze
+from effjax.step import TrainState, abstract, export
+from effjax.taint import DATA, NEUTRAL, Flow, Taint
+
+
+class Integer(NamedTuple):
+    """A model in integers.
+
+    apply: `(weights, model_state, batch, key, train) -> (outputs, model_state)`, not for training.
+    weights: {"codes": {site: integers}, "scales": {site: float32}, "inputs": {name: float32, the
+      scales of static activations}, "params": {path: leaves that stay in floating point}}.
+    runs: {site: how}. "integer"; "float": both operands are rounded, and multiplied as floats;
+      "weights": the weights alone are rounded; "inputs": the activations alone; "table": the rows
+      of an embedding.
+    """
+
+    apply: Apply
+    weights: dict[str, dict[str, Array]]
+    runs: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights, scales included."""
+        return sum(x.nbytes for x in jax.tree.leaves(self.weights))
+
+
+class _Entry(NamedTuple):
+    """What is known of a quantized site."""
+
+    run: str
+    weight_bits: int | None
+    act_bits: int | None
+    channels: tuple[int, ...]  # axes of the weight that have scales of their own
+    names: dict[int, str]  # {operand: name of its static range}
+
+
+def integer(
+    apply: Apply,
+    transform: Transform,
+    state: TrainState,
+    batch: PyTree,
+    *,
+    select: str | None = None,
+    grouped: Literal["auto", "integer", "float"] = "auto",
+    backend: str | None = None,
+) -> Integer:
+    """The trained model as an integer program.
+
+    A site of `qat` with weights w ≈ s_w · w' and activations x ≈ s_x · x', w' and x' integers, is
+
+        y = (s_x · s_w) · sum_k x'_k w'_k
+
+    with the sum in int32, where it is exact, and one scale for each output channel. Biases,
+    normalization and activation functions follow in floating point, and XLA fuses them with the
+    scaling, and with the rounding of the next site's input to int8.
+
+    The result is what evaluation under `qat` computes, but for the rounding of that evaluation:
+    it adds K products of floats, so that, for equal inputs of the site,
+
+        |y - y_qat| <= (K + 5) · 2^-24 · sum_k |s_x x'_k| |s_w w'_k|.
+
+    Where that is less than the step of the grid that y is rounded to next, the two integers differ
+    by one at most, and only where y lies at a tie. In bfloat16 models both are rounded to bfloat16.
+
+    Args:
+      apply: the model's, as in training.
+      transform: the one trained with, with one `qat` in it; masks and the like are applied.
+      state: of the training run; its step, optimizer and key are not used.
+      batch: an example; shapes will do.
+      select: regular expression over site paths; a site it matches that would not be multiplied in
+        integers is an error.
+      grouped: grouped convolutions. "auto" multiplies them in integers except, on CPU, those
+        with more than one channel in a group, which XLA runs slower than floats.
+      backend: "cpu", "gpu" or "tpu": what the program is written for; by default the one there is.
+
+    Raises:
+      SetupError: no `qat` or several, trained steps, static ranges that were never calibrated, bits
+        outside 2..8, sums that may exceed int32, a selected site that stays in floating point.
+      SelectorError: `select` matches no site.
+      SiteError: a site in a branch that does not run for the batch, or inside a `shard_map`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import effjax as ej
+      >>> def apply(params, model_state, batch, key, train):
+      ...     return batch["x"] @ params["kernel"], model_state
+      >>> model = ej.Model(lambda key, batch: ({"kernel": jnp.eye(64)}, {}), apply)
+      >>> batch = {"x": jnp.ones((8, 64))}
+      >>> from effjax.quantize.integer import integer
+      >>> qat = ej.quantize.qat(weights=8, activations=8)
+      >>> state = ej.init_state(jax.random.key(0), model, qat, optax.sgd(0.1), batch)
+      >>> small = integer(apply, qat, state, batch)
+      >>> small.runs, small.nbytes  # 64 x 64 int8 and 64 scales
+      ({'kernel': 'integer'}, 4352)
+      >>> outputs, _ = jax.jit(small.apply, static_argnums=4)(small.weights, {}, batch, None, False)
+      >>> bool(jnp.allclose(outputs, 1.0))
+      True
+
+    Reference: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference", 2018, https://arxiv.org/abs/1712.05877.
+    """
+    if grouped not in ("auto", "integer", "float"):
+        raise SetupError(f"grouped is {grouped!r}; it is 'auto', 'integer' or 'float'.")
+    cpu = (backend or jax.default_backend()) == "cpu"
+    own = _state_of(transform, state)
+    params, model_state = export(transform, state), state.model_state
+    batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if _is_abstract(x) else x, batch)
+    analysis, stays = _analyze(apply, params, model_state, batch)
+    facts = transform.describe(state.vars.model, state.vars.extra, state.transform)
+    entries = {
+        site.path: _entry(site, own, facts, grouped, cpu)
+        for site in analysis.sites
+        if site.path in own["scales"] or site.path in own["tables"]
+    }
+    _check(entries, select, analysis)
+    stored = _store(apply, entries, analysis, params, model_state, batch)
+    weights: dict[str, dict[str, Array]] = {
+        "codes": {path: found["codes"] for path, found in stored.items()},
+        "scales": {path: found["scale"] for path, found in stored.items()},
+        "inputs": {},
+        "params": {},
+    }
+    if "ranges" in own:
+        for entry in entries.values():
+            for name in entry.names.values():
+                grid = numerics.grid(entry.act_bits or numerics.WIDEST)
+                weights["inputs"][name] = numerics.scale_of(own["ranges"][name], grid)
+    rounded = {p for site in analysis.sites if site.path in stored for p in site.leaves}
+    met = {p for site in analysis.sites if site.path not in stored for p in site.leaves}
+    gone = {p for p in rounded - met - stays if not analysis.met[p]}
+    named = leaves(params)
+    weights["params"] = {p: jnp.asarray(x) for p, x in named.items() if p not in gone}
+    template = abstract(params)
+
+    def run(weights, model_state, batch, key, train):
+        if train:
+            raise SetupError(
+                "an integer model is asked to train; it has no weights that could. Train the "
+                "model it came from, and make it integer again."
+            )
+        # What stands for the weights is read by nothing: XLA drops it.
+        floats = {p: weights["params"].get(p) for p in named}
+        shapes = leaves(template)
+        filled = [
+            jnp.zeros(shapes[p].shape, shapes[p].dtype) if x is None else x
+            for p, x in floats.items()
+        ]
+        given: dict[str, dict[str, Any]] = {}
+        for path, entry in entries.items():
+            mine = {kind: weights[kind][path] for kind in ("codes", "scales") if path in stored}
+            inputs = {n: weights["inputs"][n] for n in entry.names.values() if "ranges" in own}
+            given[path] = {**mine, "inputs": inputs}
+
+        def closed(params, model_state, batch, key):
+            return apply(params, model_state, batch, key, False)
+
+        def choose(site: Site) -> Handler | None:
+            entry = entries.get(site.path)
+            return None if entry is None else lambda op: (_at(op, entry, cpu), {})
+
+        key = jax.random.key(0) if key is None else key
+        evaluate = intercept(closed, choose, given=given)
+        params = jax.tree.unflatten(jax.tree.structure(template), filled)
+        return evaluate(params, model_state, batch, key)[0]
+
+    return Integer(run, weights, {path: entry.run for path, entry in entries.items()})
+
+
+def _at(op: Operation, entry: _Entry, cpu: bool) -> Array:
+    """The operation at a site, on codes where it runs in integers."""
+    site, operands = op.site, list(op.operands)
+    scales: list[Array] = [jnp.ones(())] * 2
+    if entry.weight_bits is not None and site.weight is not None:
+        shape = site.shapes[site.weight]
+        codes = kernels.unpack(op.given["codes"], shape, entry.weight_bits)
+        scale = op.given["scales"]
+        if entry.run == "integer":
+            operands[site.weight], scales[site.weight] = codes, scale
+        else:
+            dtype = operands[site.weight].dtype
+            operands[site.weight] = (codes.astype(scale.dtype) * scale).astype(dtype)
+    grid = numerics.grid(entry.act_bits or numerics.WIDEST)
+    for i, name in entry.names.items():
+        x = operands[i]
+        if op.given["inputs"]:
+            scale = op.given["inputs"][name].reshape((1,) * x.ndim)
+        else:
+            scale = numerics.scale_of(numerics.absmax(x), grid)
+        if entry.run == "integer":
+            operands[i] = numerics.round_to(x, scale, grid).astype(jnp.int8)
+            scales[i] = scale
+        else:
+            operands[i] = numerics.fake_quant(x, scale, grid)
+    if entry.run != "integer":
+        return op.run(*operands)
+    sums, params = kernels.multiply(op.run, site.op, *operands, cpu=cpu)
+    lhs, rhs = (
+        kernels.in_output(s, site.op, params, side, sums.ndim) for side, s in enumerate(scales)
+    )
+    return (sums.astype(lhs.dtype) * (lhs * rhs)).astype(site.dtypes[2])
+
+
+def _store(
+    apply: Apply,
+    entries: Mapping[str, _Entry],
+    analysis: Analysis,
+    params: PyTree,
+    model_state: PyTree,
+    batch: PyTree,
+) -> dict[str, dict[str, Array]]:
+    """Codes and scales of the weights, as they arrive at their sites."""
+
+    def forward(params, model_state, batch, key):
+        return apply(params, model_state, batch, key, False)[0]
+
+    def handler(op: Operation) -> tuple[Array, PyTree]:
+        entry = entries[op.site.path]
+        assert op.site.weight is not None  # `choose` asked
+        assert entry.weight_bits is not None
+        if op.axes:
+            raise SiteError(
+                f"{op.site.path} lies inside a shard_map over {op.axes}; an integer program is "
+                "made of the function for one device. Give integer() the model without it."
+            )
+        w, grid = op.operands[op.site.weight], numerics.grid(entry.weight_bits)
+        scale = numerics.scale_of(numerics.absmax(w, entry.channels), grid)
+        codes = numerics.round_to(w, scale, grid).astype(jnp.int8)
+        found = {"codes": kernels.pack(codes, entry.weight_bits), "scale": scale}
+        return op.run(*op.operands), found
+
+    def choose(site: Site) -> Handler | None:
+        entry = entries.get(site.path)
+        return handler if entry is not None and entry.weight_bits is not None else None
+
+    def either(a: Array, b: Array) -> Array:  # a branch or loop that did not run has zeros
+        return jnp.where(a != 0, a, b)
+
+    measure = intercept(forward, choose, merge=either)
+    found = jax.jit(lambda *args: measure(*args)[1])(params, model_state, batch, jax.random.key(0))
+    wanted = [path for path, entry in entries.items() if entry.weight_bits is not None]
+    # A scale is never 0.
+    ran = [path for path, one in found.items() if np.all(np.asarray(one["scale"]))]
+    if unseen := [path for path in wanted if path not in ran]:
+        raise SiteError(
+            f"the sites {unseen} lie in a branch or loop that does not run for this batch, or in "
+            "the condition of a loop, so that their weights cannot be taken from it. Give "
+            "integer() a batch for which it runs, or leave these weights out of qat's `select`."
+        )
+    return found
+
+
+def _analyze(
+    apply: Apply, params: PyTree, model_state: PyTree, batch: PyTree
+) -> tuple[Analysis, set[str]]:
+    """The analysis of a model in evaluation, and the leaves that it returns."""
+
+    def traced(params, model_state, batch, key):
+        return apply(params, model_state, batch, key, False)
+
+    jaxpr = jax.make_jaxpr(traced)(params, model_state, batch, jax.random.key(0)).jaxpr
+    names = list(leaves(params))
+    inputs = [Taint(leaves=frozenset([i])) for i in range(len(names))]
+    inputs += [NEUTRAL] * len(jax.tree.leaves(model_state))
+    inputs += [DATA] * len(jax.tree.leaves(batch))
+    inputs += [NEUTRAL] * (len(jaxpr.invars) - len(inputs))
+    outputs = Flow().outputs(jaxpr, inputs, 0)
+    returned = {names[i] for taint in outputs for i in taint.leaves}
+    return analyze(jaxpr, params, model_state, batch), returned
+
+
+def _state_of(transform: Transform, state: TrainState) -> Mapping[str, Any]:
+    """The state of the one qat in a transform."""
+    members = transform.members or (("", transform),)
+    found = [name for name, member in members if member.kind == "quantize"]
+    if len(found) != 1:
+        raise SetupError(
+            f"integer() found {len(found)} quantizers in the transform ({found}); it takes the "
+            "grids of one qat(): chain(..., quant=ej.quantize.qat(...))."
+        )
+    own, extra = state.transform, state.vars.extra
+    if transform.members:
+        own, extra = own[found[0]], extra[found[0]]
+    if not isinstance(own, Mapping) or not {"scales", "tables"} <= set(own) or leaves(extra):
+        raise SetupError(
+            f"integer() takes the grids of qat(), whose scales follow from weights and ranges; "
+            f"the quantizer {found[0]!r} has trained ones."
+        )
+    if never := [name for name, n in own.get("count", {}).items() if not np.all(np.asarray(n))]:
+        raise SetupError(
+            f"the static ranges of {never} were never calibrated: no training step has seen "
+            "them, so that there is nothing to round to. Train for a step at least (with a "
+            "learning rate of 0, to calibrate alone), or use qat(ranges='dynamic')."
+        )
+    return own
+
+
+def _entry(
+    site: Site,
+    own: Mapping[str, Any],
+    facts: Mapping[str, Mapping[str, Any]],
+    grouped: str,
+    cpu: bool,
+) -> _Entry:
+    """How a site runs."""
+    # A leaf's facts are the widest of its uses; the use's own, where it has several, are under "@".
+    fact = facts.get("@" + site.path, facts.get(site.path, {}))
+    w, a = fact.get("weight_bits"), fact.get("act_bits")
+    for what, bits in (("weights", w), ("activations", a)):
+        if bits is not None and not 2 <= bits <= numerics.WIDEST:
+            raise SetupError(
+                f"the {what} of {site.path} have {bits} bits; an integer program multiplies 2 to "
+                f"{numerics.WIDEST} bits. Train with fewer, or leave the site in floating point."
+            )
+    table = site.path in own["tables"]
+    names: dict[int, str] = {}
+    if a is not None and not table:
+        product = {0: f"{site.path}/lhs", 1: f"{site.path}/rhs"}
+        names = product if site.weight is None else {1 - site.weight: site.path}
+    whole = a is not None and (w is not None or site.weight is None)
+    run = "table" if table else "integer" if whole else "weights" if w is not None else "inputs"
+    if run == "integer" and site.op == CONV and site.groups > 1:
+        depthwise = site.weight == 1 and site.rhs[site.channels[1][0]] == site.groups
+        slow = cpu and not depthwise
+        run = "float" if grouped == "float" or (grouped == "auto" and slow) else run
+    if run == "integer":
+        _check_sums(site, 2 ** ((w or a or 0) - 1) - 1, 2 ** ((a or 0) - 1) - 1)
+    channels: tuple[int, ...] = ()
+    if site.weight is not None and w is not None:
+        count = int({**own["scales"], **own["tables"]}[site.path])
+        if count == site.scales:
+            channels = site.channels[site.weight]
+        elif count != math.prod(site.stack):
+            raise SetupError(
+                f"the weight of {site.path} has {count} scales; an integer sum is scaled once, so "
+                f"it takes one for the weight or one for each of its {site.scales} channels. Train "
+                "it without tiles."
+            )
+    return _Entry(run, w, a, channels, names)
+
+
+def _check_sums(site: Site, largest: int, other: int) -> None:
+    side = 1 if site.weight is None else site.weight
+    shape, axes = site.shapes[side], site.contracting[side]
+    terms = math.prod(shape[axis] for axis in axes)
+    if terms * largest * other > kernels.LARGEST_SUM:
+        raise SetupError(
+            f"{site.path} sums {terms} products of up to {largest} x {other}, which may exceed "
+            "int32. Use fewer bits there, or split the sum."
+        )
+
+
+def _check(entries: Mapping[str, _Entry], select: str | None, analysis: Analysis) -> None:
+    if select is None:
+        return
+    chosen = [site.path for site in analysis.sites if re.search(select, site.path)]
+    if not chosen:
+        raise SelectorError(
+            f"select={select!r} matches none of the sites {[s.path for s in analysis.sites]}."
+        )
+    runs = {path: entries[path].run if path in entries else "not quantized" for path in chosen}
+    if floats := {path: run for path, run in runs.items() if run != "integer"}:
+        raise SetupError(
+            f"these sites are selected, but would not be multiplied in integers: {floats}. Train "
+            "them with 2 to 8 bits of weights and of activations (qat's `select`, `rules` and "
+            "`products`); grouped convolutions also need grouped='integer' here."
+        )
+
+
+def _is_abstract(x: Any) -> bool:
+    return isinstance(x, jax.ShapeDtypeStruct)
