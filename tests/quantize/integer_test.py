@@ -9,7 +9,8 @@ import pytest
 
 import effjax as ej
 from effjax.errors import SelectorError, SetupError, SiteError
-from effjax.quantize import Bits, integer, kernels, numerics, qat
+from effjax.quantize import Bits, kernels, numerics, qat
+from effjax.quantize.integer import integer
 from tests import nets
 from tests.programs import PROGRAMS, X, normal
 
