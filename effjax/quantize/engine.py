@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from effjax.core import Forward, PyTree, Setup
-from effjax.errors import SiteError
+from effjax.errors import SetupError, SiteError
 from effjax.interpret import Handler, Operation, intercept
 from effjax.jaxprs import GATHER
 from effjax.quantize import numerics
@@ -157,3 +157,18 @@ def _check_same(found: set[str], known: set[str], train: bool, strict: bool) -> 
         "params closed over instead of passed; or, for static ranges and learned steps, a model "
         "that does more in evaluation than in training."
     )
+
+
+def check_tiles(sites: Sequence[Site], size: int, what: str) -> None:
+    """Raises SetupError if a size does not divide the axis of each weight that tiles run along."""
+    for site in sites:
+        axis = tiled_axis(site)
+        if site.weight is None or axis is None:
+            continue
+        shape = site.shapes[site.weight]
+        if shape[axis] % size:
+            raise SetupError(
+                f"{what} of {size} does not divide axis {axis} of {site.path}, which is used in "
+                f"shape {shape}. Choose a divisor of {shape[axis]}, or leave the weight out with "
+                "`select`."
+            )
