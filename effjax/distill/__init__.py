@@ -2,6 +2,7 @@
 step."""
 
 from effjax.distill.average import mean_teacher
+from effjax.distill.contrast import nt_xent, twice
 from effjax.distill.features import Match, features
 from effjax.distill.hints import attention_transfer, fsp, hint, nst, vid
 from effjax.distill.learned import Learned, embedded, projected, variational
@@ -34,12 +35,14 @@ __all__ = [
     "minilm",
     "mse",
     "nst",
+    "nt_xent",
     "projected",
     "rkd_angle",
     "rkd_distance",
     "similarity",
     "top_k",
     "top_k_kl",
+    "twice",
     "variational",
     "vid",
 ]
