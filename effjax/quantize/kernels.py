@@ -1,8 +1,9 @@
 """Products of small integers: int8 operands, int32 sums, and how a backend is asked for them.
 
-XLA's CPU backend has a fast int8 matrix product and no fast int8 convolution. There a convolution
-is written as the matrix product of its patches, and a depthwise one as a sum of shifted products;
-both give the same integers as the operation itself. Other backends get the operation.
+XLA's CPU backend has a fast int8 matrix product; its int8 convolution is slow on few channels, and
+slower than that of floats where it is depthwise. There a convolution of few channels is written as
+the matrix product of its patches, and a depthwise one as a sum of shifted products; both give the
+same integers as the operation itself. Other backends get the operation.
 """
 
 import math
@@ -16,6 +17,7 @@ from jax import Array, lax
 from effjax.jaxprs import CONV
 
 LARGEST_SUM = 2**31 - 1
+FEW = 16  # input channels up to which a convolution is faster as a product of its patches
 ROWS = 2  # one row alone takes a slow path in XLA on CPU
 
 
@@ -40,11 +42,10 @@ def multiply(
         # Without it the rounding is fused into each of the slices, and done again in each.
         lhs = lax.optimization_barrier(lhs)
         channels = lhs.shape[params["dimension_numbers"].lhs_spec[1]]
-        if params["feature_group_count"] == 1:
+        taps = math.prod(rhs.shape[a] for a in params["dimension_numbers"].rhs_spec[2:])
+        if params["feature_group_count"] == 1 and (channels <= FEW or taps == 1):
             return _patches(lhs, rhs, params), params
-        if params["feature_group_count"] == channels and rhs.size == channels * math.prod(
-            rhs.shape[a] for a in params["dimension_numbers"].rhs_spec[2:]
-        ):
+        if params["feature_group_count"] == channels > 1 and rhs.size == channels * taps:
             return _shifts(lhs, rhs, params), params
     if cpu and op != CONV and params["dimension_numbers"] == (((lhs.ndim - 1,), (0,)), ((), ())):
         rows = math.prod(lhs.shape[:-1])

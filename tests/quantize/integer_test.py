@@ -85,6 +85,7 @@ ONE = {
     "batched": (lambda p, x: jnp.einsum("lbi,lio->lbo", x, p["kernel"]), normal(3, 4, 5),
                 normal(3, 8, 4), 4),
     "conv": (conv(), normal(3, 3, 4, 5), IMAGE, 36),
+    "many channels": (conv(), normal(3, 3, 20, 5), normal(2, 7, 6, 20), 180),
     "1x1": (conv(2), normal(1, 1, 4, 5), IMAGE, 4),
     "strided": (conv(2, ((1, 0), (2, -1))), normal(3, 2, 4, 5), IMAGE, 24),
     "dilated": (conv(spread=2), normal(2, 3, 4, 5), IMAGE, 24),
