@@ -153,7 +153,7 @@ def measure(kind: str, config: Config) -> list[dict[str, Any]]:
         args = (state.vars, state.model_state, state.transform, batch, ctx)
         return ej.step.forward(model.apply, transform, *args).outputs
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for size in config.batches:
         batch = {"image": jnp.asarray(rng.normal(size=(size, *shape)), jnp.float32)}
         calls: dict[str, Callable[[], Any]] = {
@@ -188,7 +188,7 @@ def predictor(small: ej.quantize.Integer) -> Callable[..., Any]:
 
     @jax.jit
     def predict(weights, model_state, batch):
-        return small.apply(weights, model_state, batch, None, False)[0]
+        return small.apply(weights, model_state, batch, jax.random.key(0), False)[0]
 
     return predict
 
