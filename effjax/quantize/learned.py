@@ -204,7 +204,12 @@ def is_signed(seen: Values, signed: Signs) -> Array:
 
 
 def _first_step(mean: Array, own: levels.Levels) -> Array:
-    return jnp.where(own.signs, mean, 2 * mean * lax.rsqrt(own.high))
+    return _same_everywhere(jnp.where(own.signs, mean, 2 * mean * lax.rsqrt(own.high)))
+
+
+def _same_everywhere(step: Array) -> Array:
+    # Devices sum in another order: 12 bits of the mantissa are what their means have in common.
+    return lax.reduce_precision(step, 8, 12)
 
 
 def _weight_rounded(w: Array, values: Values, bits: numerics.Bits, place: Place) -> Array:
@@ -251,7 +256,8 @@ def _spread_seen(w: Array, axes: tuple[int, ...]) -> Values:
 
 def _spread_fit(seen: Values, bits: numerics.Bits) -> Values:
     own = levels.signed(bits)
-    return {"step": jnp.where(own.signs, seen["mean"], seen["reach"] / -own.low)}
+    first = jnp.where(own.signs, seen["mean"], seen["reach"] / -own.low)
+    return {"step": _same_everywhere(first)}
 
 
 def _offset_rounded(x: Array, values: Values, bits: numerics.Bits, place: Place) -> Array:
