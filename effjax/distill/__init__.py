@@ -2,6 +2,7 @@
 step."""
 
 from effjax.distill.average import mean_teacher
+from effjax.distill.cache import Cache, Cached, read_cache, write_cache
 from effjax.distill.contrast import nt_xent, twice
 from effjax.distill.features import Match, features
 from effjax.distill.hints import attention_transfer, fsp, hint, nst, vid
@@ -13,6 +14,8 @@ from effjax.distill.targets import TopK, dkd, hard, label_smoothing, top_k, top_
 from effjax.distill.teachers import Teacher, ensemble
 
 __all__ = [
+    "Cache",
+    "Cached",
     "Learned",
     "Match",
     "Teacher",
@@ -37,6 +40,7 @@ __all__ = [
     "nst",
     "nt_xent",
     "projected",
+    "read_cache",
     "rkd_angle",
     "rkd_distance",
     "similarity",
@@ -45,4 +49,5 @@ __all__ = [
     "twice",
     "variational",
     "vid",
+    "write_cache",
 ]

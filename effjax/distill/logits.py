@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,14 +10,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from effjax.core import Apply, Ctx, Forward, Metrics, PyTree, Setup, Transform, abstract_key
+from effjax.distill.cache import INDICES, LOGITS, VALUES, Cached
 from effjax.distill.losses import check_logits, kl
+from effjax.distill.targets import TopK, top_k_kl
 from effjax.distill.teachers import cast, check_apply, check_teacher
 from effjax.errors import SetupError
 from effjax.schedules import Scalar, Schedule, as_schedule, is_traced
 
 
 def logits(
-    teacher: Apply,
+    teacher: Apply | Cached,
     loss: Callable[..., Array] = kl,
     *,
     temperature: Scalar | Schedule = 4.0,
@@ -40,7 +42,10 @@ def logits(
     less to trace.
 
     Args:
-      teacher: `model.apply` of the teacher; of several, see `ensemble`.
+      teacher: `model.apply` of the teacher; of several, see `ensemble`. Or a cache's `targets`
+        (`write_cache`): no teacher runs, there is no frozen input, and the logits are entries of
+        the batch, `{**batch, **cache.batch(indices)}`. Of a cache of the k largest, the loss
+        gets a `TopK`; `kl` stands for `top_k_kl` there.
       loss: `(student_logits, teacher_logits) -> Array`, averaged; it may also take arguments named
         `temperature` and `labels` (`dkd`), which it is then given. The term has its name, "kl"
         for `kl`; settings of its own are bound by `functools.partial`.
@@ -59,7 +64,7 @@ def logits(
 
     Raises:
       SetupError: here, for a teacher that is no function or a number out of range; at `init`, for a
-        missing teacher, or logits of different shapes.
+        missing teacher, logits of different shapes, or a batch without a cache's entries.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -79,7 +84,10 @@ def logits(
     Reference: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015,
       https://arxiv.org/abs/1503.02531.
     """
-    check_apply("distill.logits", teacher)
+    if not isinstance(teacher, Cached):
+        check_apply("distill.logits", teacher)
+    elif teacher.k and loss is kl:
+        loss = top_k_kl
     if not (callable(temperature) or is_traced(temperature)) and not 0 < temperature < float("inf"):
         raise SetupError(f"the temperature is {temperature}; it divides logits, so it is > 0.")
     if not (callable(alpha) or is_traced(alpha)) and not 0 <= alpha < float("inf"):
@@ -89,22 +97,33 @@ def logits(
     term = "loss" if term == "<lambda>" else term
     temperature_at, alpha_at = as_schedule(temperature), as_schedule(alpha)
 
-    def run_teacher(frozen: PyTree, batch: PyTree, key: Array) -> Array:
+    def run_teacher(frozen: PyTree, batch: PyTree, key: Array) -> Array | TopK:
+        if isinstance(teacher, Cached):
+            return _from_batch(teacher, batch)
         params, model_state = check_teacher("distill.logits", frozen)
         params, batch = cast((params, batch), dtype)
         outputs, _ = teacher(params, model_state, batch, key, False)
         return teacher_logits(outputs)
 
     def init(key: Array, params: PyTree, setup: Setup) -> tuple[PyTree, PyTree]:
-        check_teacher("distill.logits", setup.frozen)
+        if not isinstance(teacher, Cached):
+            check_teacher("distill.logits", setup.frozen)
+        elif setup.frozen is not None:
+            raise SetupError(
+                "distill.logits learns from a cache, and got a teacher as frozen input as well. "
+                "Leave its entry out of `frozen`."
+            )
         taught = jax.eval_shape(run_teacher, setup.frozen, setup.batch, abstract_key())
         student = jax.eval_shape(student_logits, setup.trace(params)[0])
-        check_logits(student, taught)
+        if isinstance(teacher, Cached):
+            _check_classes(teacher, student)
+        if not isinstance(taught, TopK):
+            check_logits(student, taught)
         step = jax.ShapeDtypeStruct((), jnp.int32)
         jax.eval_shape(distance, student, taught, setup.batch, step)
         return {}, {}
 
-    def distance(student: Array, taught: Array, batch: PyTree, step: Array) -> Array:
+    def distance(student: Array, taught: Array | TopK, batch: PyTree, step: Array) -> Array:
         given: dict[str, Any] = {}
         if "temperature" in accepted:
             given["temperature"] = temperature_at(step)
@@ -133,8 +152,9 @@ def logits(
 
         return taught_forward
 
-    def agree(outputs: PyTree, taught: Array) -> Array:
-        same = jnp.argmax(student_logits(outputs), axis=-1) == jnp.argmax(taught, axis=-1)
+    def agree(outputs: PyTree, taught: Array | TopK) -> Array:
+        best = taught.indices[..., 0] if isinstance(taught, TopK) else jnp.argmax(taught, axis=-1)
+        same = jnp.argmax(student_logits(outputs), axis=-1) == best
         return jnp.mean(same, dtype=jnp.float32)
 
     def losses(outputs, batch, aux, extra, state, ctx) -> Metrics:
@@ -149,3 +169,30 @@ def logits(
         }
 
     return Transform(init=init, wrap=wrap, loss=losses, report=report, kind="distill")
+
+
+def _from_batch(cached: Cached, batch: PyTree) -> Array | TopK:
+    names = (VALUES, INDICES) if cached.k else (LOGITS,)
+    if missing := [n for n in names if not isinstance(batch, Mapping) or n not in batch]:
+        has = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise SetupError(
+            f"distill.logits learns from a cache, and the batch lacks {missing}; it has {has}. Put "
+            "the cache's rows of the batch's examples there: {**batch, **cache.batch(indices)}, or "
+            "all of cache.arrays beside the images that batches are drawn from."
+        )
+    found = [jnp.asarray(batch[n]) for n in names]
+    size = cached.k or cached.classes
+    if any(x.shape[-1] != size for x in found):
+        raise SetupError(
+            f"the batch's {list(names)} are {[list(x.shape) for x in found]}, and the cache "
+            f"keeps {size} logits an example. They are from another cache."
+        )
+    return TopK(*found) if cached.k else found[0]
+
+
+def _check_classes(cached: Cached, student: Any) -> None:
+    if (shape := getattr(student, "shape", ())) and shape[-1] != cached.classes:
+        raise SetupError(
+            f"the student has {shape[-1]} classes (its logits are {list(shape)}) and the cached "
+            f"teacher {cached.classes}. They must be the same classes in the same order."
+        )
