@@ -9,7 +9,7 @@ from jax import Array
 from effjax.core import Ctx, Forward, Metrics, PyTree, Setup, Transform
 from effjax.distill.losses import check_logits, kl
 from effjax.errors import SetupError
-from effjax.nas.space import WIDTHS, Groups, WidthSpace, check_choices, width_space
+from effjax.nas.groups import WIDTHS, Groups, WidthSpace, check_choices, width_space
 from effjax.schedules import Scalar, Schedule, as_schedule
 
 
