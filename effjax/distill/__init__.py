@@ -9,6 +9,7 @@ from effjax.distill.hints import attention_transfer, fsp, hint, nst, vid
 from effjax.distill.learned import Learned, embedded, projected, variational
 from effjax.distill.logits import logits
 from effjax.distill.losses import cosine, dist, kl, mse
+from effjax.distill.online import each, mutual, peers
 from effjax.distill.relations import crd, minilm, rkd_angle, rkd_distance, similarity
 from effjax.distill.targets import TopK, dkd, hard, label_smoothing, top_k, top_k_kl
 from effjax.distill.teachers import Teacher, ensemble
@@ -25,6 +26,7 @@ __all__ = [
     "crd",
     "dist",
     "dkd",
+    "each",
     "embedded",
     "ensemble",
     "features",
@@ -37,8 +39,10 @@ __all__ = [
     "mean_teacher",
     "minilm",
     "mse",
+    "mutual",
     "nst",
     "nt_xent",
+    "peers",
     "projected",
     "read_cache",
     "rkd_angle",
