@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from effjax.quantize.numerics import FLOAT, Bits
+from effjax.quantize.numerics import FLOAT, Bits, straight_through
 
 SMALLEST = 1e-8  # a step: what is learnt may pass through zero, what is divided by may not
 
@@ -181,6 +181,39 @@ def _learned_bound_jvp(primals, tangents):
     slope = jnp.where(levels.identity, 0.0, slope)
     tangent = jnp.where(passes, dx, jnp.zeros_like(dx)) + (slope * da).astype(x.dtype)
     return _learned_bound(x, alpha, levels), tangent
+
+
+def between(
+    x: Array, low: Array, high: Array, levels: Levels, clipped: bool, key: Array | None = None
+) -> Array:
+    """x rounded to s · (z ... z + n), s = (high - low) / n, z = round(low / s), n = levels.high.
+
+    The straight-through derivative: dq/dx = 1, or where `clipped` 0 outside these. Ranges get none.
+    With a key, rounding is stochastic: floor(x / s + u), u ~ U[0, 1).
+
+    Args:
+      x: any shape, floating point.
+      low, high: broadcast against x; low <= 0 <= high.
+      levels: see `unsigned`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from effjax.quantize import levels
+      >>> x = jnp.array([-1.0, 0.0, 0.4, 2.0])
+      >>> levels.between(x, x.min(), x.max(), levels.unsigned(2), False).tolist()
+      [-1.0, 0.0, 0.0, 2.0]
+    """
+    still = lax.stop_gradient(x)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    s = (high - low).astype(wide) * (1.0 / levels.high).astype(wide)
+    s = jnp.where(s < jnp.finfo(wide).tiny, jnp.ones((), wide), s)
+    v, zero = still.astype(wide) / s, jnp.round(low / s)
+    rounded = jnp.round(v) if key is None else jnp.floor(v + jax.random.uniform(key, v.shape, wide))
+    value = (jnp.clip(rounded, zero, zero + levels.high) * s).astype(x.dtype)
+    passes = jnp.asarray(True)
+    if clipped:
+        passes = ((v >= zero) & (v <= zero + levels.high)) | levels.identity
+    return straight_through(x, jnp.where(levels.identity, still, value), passes)
 
 
 def per_layer(x: Array) -> int:

@@ -67,6 +67,33 @@ def absmax(x: Array, channels: Sequence[int] = ()) -> Array:
     return jnp.max(jnp.abs(lax.stop_gradient(x)), axis=others, keepdims=True, initial=0)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def tiled_absmax(x: Array, channels: Sequence[int], axis: int, size: int) -> Array:
+    """As `absmax`, and for each run of `size` values along an axis, which keeps its length."""
+    split = (*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
+    kept = {c + (c > axis) for c in channels if c != axis} | {axis}
+    if axis in channels:
+        kept.add(axis + 1)
+    largest = absmax(x.reshape(split), tuple(sorted(kept)))
+    shape = tuple(x.shape[a] if a == axis or a in channels else 1 for a in range(x.ndim))
+    rows = jnp.broadcast_to(
+        largest, tuple(n if a != axis + 1 else size for a, n in enumerate(largest.shape))
+    )
+    return rows.reshape(shape)
+
+
+@jax.custom_jvp
+def straight_through(x: Array, value: Array, passes: Array) -> Array:
+    """A value in the place of x, with dq/dx = 1 where `passes`, else 0; others get no gradient."""
+    return value
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+    tangent = jnp.where(primals[2], tangents[0], jnp.zeros_like(tangents[0]))
+    return straight_through(*primals), tangent
+
+
 @functools.partial(jax.jit, inline=True)
 def scale_of(largest: Array, grid: Grid) -> Array:
     """The scale that maps a range onto the grid: s = max|x| / bound.

@@ -1,6 +1,7 @@
 """Quantization-aware training: the operands of the model's operations are rounded to integer grids
 while it trains, so that it can be shipped in integers."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,8 +11,10 @@ from jax import Array, lax
 from effjax.core import Ctx, Forward, Metrics, PyTree, Setup, Transform, Vars
 from effjax.errors import SetupError
 from effjax.interpret import Operation
-from effjax.quantize import engine, numerics
+from effjax.quantize import engine, levels, lowbit, numerics
+from effjax.quantize.backward import round_gradient, stochastic
 from effjax.quantize.numerics import Grid
+from effjax.quantize.operands import layer_numbers, own_key
 from effjax.quantize.rules import Bits
 from effjax.schedules import check_fraction, is_traced
 from effjax.select import KERNELS
@@ -29,6 +32,13 @@ def qat(
     rules: Sequence[tuple[str, Bits]] = (),
     embeddings: bool | str = False,
     products: bool | str = False,
+    symmetric: bool = True,
+    per_token: bool = False,
+    tile: int | None = None,
+    clipped: bool | None = None,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    gradients: numerics.Bits | None = None,
+    freeze: int | Array | None = None,
 ) -> Transform:
     """Quantization-aware training of weights and activations, at the model's sites.
 
@@ -56,8 +66,8 @@ def qat(
     "@name" the same of a product, and of another use ("@path#1") of a leaf.
 
     Args:
-      weights: bits of the weights, 2..8; 16 and more leave them alone. May be a traced array: one
-        compiled step then serves every width.
+      weights: bits of the weights, 1..8 (of one bit, sign(w) · mean|w|); 16 and more leave them
+        alone. May be a traced array: one compiled step then serves every width.
       activations: bits of what they are multiplied with; likewise.
       select: regular expression over params paths. Every leaf it matches that has two axes or more
         must reach a site.
@@ -73,14 +83,33 @@ def qat(
         multiplied with. True takes the leaves named "embedding"; or a regular expression.
       products: also quantize products of activations with activations, both operands at the bits of
         activations. True takes all; or a regular expression over their names, which begin with "@".
+      symmetric: of activations. False rounds them to s · (z ... z + 2^bits - 1) between the range's
+        two ends, s = (max(x, 0) - min(x, 0)) / (2^bits - 1), z = round(min(x, 0) / s), so that what
+        is never negative has twice the levels. Zero is exact in both.
+      per_token: a dynamic range for each row of an activation (each token, each example of a
+        convolution) rather than one for all.
+      tile: weights have scales of their own also for each run of `tile` values along the last axis
+        that is summed over.
+      clipped: whether activations outside the range get gradient 0; by default those of static
+        ranges do. (Symmetric dynamic ranges leave nothing outside; of asymmetric ones, whose ends
+        move to whole steps, up to half a step is.)
+      rounding: "stochastic" rounds up with the probability of the fraction in training, weights and
+        activations alike, so that values are right on average; evaluation rounds to nearest.
+      gradients: bits, 2..8, of the gradient that flows back into each operation, rounded
+        stochastically with one scale for each example; then both products of the backward pass
+        have integers for operands. Forward-mode derivatives are not possible then.
+      freeze: the first step from which static ranges stay as they are. May be traced.
 
     State: {"scales": {site: number of weight scales}}, and with static ranges {"ranges", "count"}
-    by site (a product's are "@name/lhs" and "@name/rhs"), layers of a scan on leading axes. `aux`
-    carries {"ranges": max|x| of this batch}. Metrics of static ranges: "saturated" is the fraction
+    by site (a product's are "@name/lhs" and "@name/rhs"), layers of a scan on leading axes; where
+    not symmetric, "ranges" are of max(x, 0) and "lows" of max(-x, 0). `aux` carries {"ranges":
+    max|x| of this batch} and "lows". Metrics of static ranges: "saturated" is the fraction
     of activations whose batch maximum lies outside the range, "uncalibrated" counts those without.
 
     Raises:
-      SetupError: bits outside 2..8 and below 16, an unknown kind of ranges.
+      SetupError: bits outside 2..8 (weights: 1..8) and below 16, an unknown kind of ranges or
+        rounding, per_token with static ranges, freeze with dynamic ones; a tile that does not
+        divide its axis (at `init`).
       ScheduleError: decay outside [0, 1).
       SelectorError: `select`, a rule, `embeddings` or `products` matches nothing (at `init`).
       SiteError: a selected weight reaches no operation, or lies in a function with a custom
@@ -97,19 +126,38 @@ def qat(
     2018, https://arxiv.org/abs/1806.08342.
     """
     default = Bits(weights, activations)
-    asked = engine.rules_of("qat", default, rules, select, embeddings, products)
+    asked = engine.rules_of("qat", default, rules, select, embeddings, products, Bits(1, 2))
     if ranges not in ("dynamic", "static"):
         raise SetupError(f"ranges is {ranges!r}; activation ranges are 'dynamic' or 'static'.")
     check_fraction(decay, "the decay of the ranges")
     static = ranges == "static"
+    if rounding not in ("nearest", "stochastic"):
+        raise SetupError(f"rounding is {rounding!r}; it is 'nearest' or 'stochastic'.")
+    if per_token and static:
+        raise SetupError("per_token ranges follow the batch; take ranges='dynamic' with them.")
+    if freeze is not None and not static:
+        raise SetupError(f"freeze is {freeze}, but only ranges='static' have ranges to freeze.")
+    if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
+        raise SetupError(f"tile is {tile!r}; it is how many weights share a scale, 1 or more.")
+    if gradients is not None:
+        numerics.check_bits(gradients, "gradients of qat()")
+    random = rounding == "stochastic" or gradients is not None
+    clips = static if clipped is None else clipped
+    frozen = freeze is not None
 
     def init(key: Array, params: PyTree, setup: Setup) -> tuple[PyTree, PyTree]:
         sites = engine.find(asked, params, setup)
-        state: dict[str, Any] = dict(engine.scale_counts(sites, per_channel))
+        if tile is not None:
+            engine.check_tiles(sites, tile, "a tile")
+        state: dict[str, Any] = dict(engine.scale_counts(sites, per_channel, tile))
+        if random:
+            state["layer"] = layer_numbers(sites)
         if static:
             stacks = {name: site.stack for site in sites for name in asked.inputs(site).values()}
             state["ranges"] = {n: jnp.zeros(stack, jnp.float32) for n, stack in stacks.items()}
             state["count"] = {n: jnp.zeros(stack, jnp.int32) for n, stack in stacks.items()}
+            if not symmetric:
+                state["lows"] = {n: jnp.zeros(stack, jnp.float32) for n, stack in stacks.items()}
         return {}, state
 
     def wrap(forward: Forward, extra: PyTree, state: PyTree, ctx: Ctx) -> Forward:
@@ -119,37 +167,92 @@ def qat(
                 return grid
             return grid._replace(identity=grid.identity | (shared["step"] < shared["start"]))
 
-        def range_of(op: Operation, x: Array, name: str) -> tuple[Array, Array, dict[str, Array]]:
+        def ends(op: Operation, x: Array, i: int) -> list[Array]:
+            """max|x|; or max(x, 0) and max(-x, 0). Of the whole, or for each row."""
+            rows = op.site.channels[i] if per_token else ()
+            over = tuple(axis for axis in range(x.ndim) if axis not in rows)
+            if symmetric:
+                found = [numerics.absmax(x, rows)]
+            else:
+                x = lax.stop_gradient(x)
+                found = [jnp.max(y, over, keepdims=True, initial=0) for y in (x, -x)]
+            if op.axes and not per_token:  # one range for all shards
+                found = [lax.pmax(end, op.axes) for end in found]
+            return found
+
+        def range_of(
+            op: Operation, x: Array, name: str
+        ) -> tuple[list[Array], Array, dict[str, Array]]:
             """The activation's range, whether there is one, and what was seen."""
             known = jnp.asarray(True)
             seen: dict[str, Array] = {}
-            largest = jnp.zeros(())
+            found: list[Array] = []
             if ctx.train or not static:
-                largest = numerics.absmax(x)
-                if op.axes:  # one range for all shards
-                    largest = lax.pmax(largest, op.axes)
-                seen = {name: largest.reshape(()).astype(jnp.float32)}
+                i = _operand(asked.inputs(op.site), name)
+                found = ends(op, x, i)
+                most = [jnp.max(end).astype(jnp.float32) for end in found]
+                seen = dict(zip((name, name + LOW), most, strict=False))
             if static:
-                largest, count = op.given[name]
+                stored, count = op.given[name]
+                found = list(stored)
                 if ctx.train:
-                    largest, count = _observe(largest, count, seen[name], op.shared["decay"])
+                    moved, learnt = _observe(stored, count, most, op.shared["decay"])
+                    held = op.shared["step"] >= op.shared["freeze"] if frozen else False
+                    found = [jnp.where(held, a, b) for a, b in zip(stored, moved, strict=True)]
+                    count = jnp.where(held, count, learnt)
                 known = count > 0
-            return largest.reshape((1,) * x.ndim), known, seen
+                found = [end.reshape((1,) * x.ndim) for end in found]
+            return found, known, seen
 
         def weight(op: Operation, w: Array, bits: numerics.Bits) -> tuple[Array, PyTree]:
             assert op.site.weight is not None
             g = grid(bits, op.shared)
             channels = op.site.channels[op.site.weight] if per_channel else ()
-            return numerics.fake_quant(w, numerics.scale_of(numerics.absmax(w, channels), g), g), {}
+            axis = engine.tiled_axis(op.site)
+            if is_one(bits):
+                return jnp.where(g.identity, w, lowbit.signs(w, channels, clipped=False)), {}
+            if tile is None or axis is None:
+                largest = numerics.absmax(w, channels)
+            else:
+                largest = numerics.tiled_absmax(w, channels, axis, tile)
+            scale = numerics.scale_of(largest, g)
+            found = nearest(op, w, scale, g, op.site.weight, False)
+            if is_traced(bits):
+                one = lowbit.signs(w, channels, clipped=False)
+                found = jnp.where((jnp.asarray(bits) == 1) & ~g.identity, one, found)
+            return found, {}
+
+        def nearest(op: Operation, x: Array, scale: Array, g: Grid, i: int, clips: bool) -> Array:
+            if rounding == "nearest" or not ctx.train:
+                return numerics.fake_quant(x, scale, g, clips)
+            value = stochastic(lax.stop_gradient(x), scale, g, own_key(op, i))
+            passes = (jnp.abs(x) <= scale * g.bound) | g.identity if clips else jnp.asarray(True)
+            return numerics.straight_through(x, value, passes)
 
         def activation(
             op: Operation, x: Array, bits: numerics.Bits, name: str
         ) -> tuple[Array, PyTree]:
             g = grid(bits, op.shared)
-            largest, known, seen = range_of(op, x, name)
+            found, known, seen = range_of(op, x, name)
             g = g._replace(identity=g.identity | ~known)
-            return numerics.fake_quant(x, numerics.scale_of(largest, g), g, static), seen
+            i = _operand(asked.inputs(op.site), name)
+            if symmetric:
+                return nearest(op, x, numerics.scale_of(found[0], g), g, i, clips), seen
+            key = own_key(op, i) if rounding == "stochastic" and ctx.train else None
+            own = levels.unsigned(bits)._replace(identity=g.identity)
+            return levels.between(x, -found[1], found[0], own, clips, key), seen
 
+        def result(op: Operation, out: Array) -> Array:
+            batch = (0,) if op.site.weight == 1 else ()
+            return round_gradient(out, op.shared["gradients"], own_key(op, 2), batch)
+
+        shared: dict[str, Any] = {"step": ctx.step, "start": start, "decay": decay}
+        if frozen:
+            shared["freeze"] = freeze
+        if random:
+            shared["key"] = ctx.key
+        if gradients is not None:
+            shared["gradients"] = jnp.asarray(gradients, jnp.int32)
         rounded = engine.round_sites(
             forward,
             asked,
@@ -157,24 +260,39 @@ def qat(
             activation,
             known=[*state["scales"], *state["tables"]],
             train=ctx.train,
-            strict=static,
-            given=_by_site(state) if static else None,
-            shared={"step": ctx.step, "start": start, "decay": decay},
+            strict=static or random,
+            given=_by_site(state) if static or random else None,
+            shared=shared,
+            result=result if ctx.train and gradients is not None else None,
         )
 
         def quantized(params, model_state, batch, key, train):
             outputs, model_state, aux, seen = rounded(params, model_state, batch, key, train)
-            return outputs, model_state, {**aux, "ranges": seen}
+            found = {n: value for n, value in seen.items() if not n.endswith(LOW)}
+            aux = {**aux, "ranges": found}
+            if not symmetric:
+                lows = {n: value for n, value in seen.items() if n.endswith(LOW)}
+                aux["lows"] = {n.removesuffix(LOW): value for n, value in lows.items()}
+            return outputs, model_state, aux
 
         return quantized
 
     def update(vars: Vars, opt, state, grads, aux, ctx) -> tuple[Vars, PyTree, PyTree]:
         if not static:
             return vars, opt, state
-        averages, counts = dict(state["ranges"]), dict(state["count"])
-        for name, seen in aux["ranges"].items():
-            averages[name], counts[name] = _observe(averages[name], counts[name], seen, decay)
-        return vars, opt, {**state, "ranges": averages, "count": counts}
+        kinds = ("ranges",) if symmetric else ("ranges", "lows")
+        after: dict[str, dict[str, Array]] = {n: dict(state[n]) for n in (*kinds, "count")}
+        for name in aux["ranges"]:
+            stored, seen = ([tree[kind][name] for kind in kinds] for tree in (state, aux))
+            moved, count = _observe(stored, state["count"][name], seen, decay)
+            if frozen:
+                held = ctx.step >= freeze
+                moved = [jnp.where(held, a, b) for a, b in zip(stored, moved, strict=True)]
+                count = jnp.where(held, state["count"][name], count)
+            after["count"][name] = count
+            for kind, value in zip(kinds, moved, strict=True):
+                after[kind][name] = value
+        return vars, opt, {**state, **after}
 
     def report(vars: Vars, state, aux, ctx) -> Metrics:
         if not static or not state["ranges"]:
@@ -194,22 +312,42 @@ def qat(
     )
 
 
+LOW = " low"
+
+
+def is_one(bits: numerics.Bits) -> bool:
+    """Whether a width is known to be one bit."""
+    return not is_traced(bits) and int(bits) == 1
+
+
+def _operand(inputs: dict[int, str], name: str) -> int:
+    return next(i for i, own in inputs.items() if own == name)
+
+
 def _observe(
-    average: Array, count: Array, seen: Array, decay: float | Array
-) -> tuple[Array, Array]:
-    """One step of a moving average corrected for its bias.
+    averages: Sequence[Array], count: Array, seen: Sequence[Array], decay: float | Array
+) -> tuple[list[Array], Array]:
+    """One step of a moving average, of each end of a range, corrected for its bias.
 
     average_n = sum_i d^(n-i) x_i / sum_i d^(n-i), computed as a step of size (1 - d) / (1 - d^n).
     Nothing is learnt from zeros (a branch that did not run) and from numbers that are not finite.
     """
     n, d = count + 1, jnp.asarray(decay, jnp.float32)
-    moved = average + (1 - d) / (1 - d ** n.astype(jnp.float32)) * (seen - average)
-    learnt = (seen > 0) & jnp.isfinite(seen)
-    return jnp.where(learnt, moved, average), jnp.where(learnt, n, count)
+    share = (1 - d) / (1 - d ** n.astype(jnp.float32))
+    learnt = functools.reduce(jnp.logical_or, [x > 0 for x in seen])
+    learnt &= functools.reduce(jnp.logical_and, [jnp.isfinite(x) for x in seen])
+    moved = [a + share * (x - a) for a, x in zip(averages, seen, strict=True)]
+    kept = [jnp.where(learnt, a, b) for a, b in zip(moved, averages, strict=True)]
+    return kept, jnp.where(learnt, n, count)
 
 
-def _by_site(state: PyTree) -> dict[str, dict[str, tuple[Array, Array]]]:
-    """The ranges and counts under their sites' paths, where handlers find them."""
-    ranges, count = state["ranges"], state["count"]
-    names = {path: (path, f"{path}/lhs", f"{path}/rhs") for path in state["scales"]}
-    return {p: {n: (ranges[n], count[n]) for n in own if n in ranges} for p, own in names.items()}
+def _by_site(state: PyTree) -> dict[str, dict[str, Any]]:
+    """The ranges and counts, and layers' numbers, under their sites' paths for the handlers."""
+    kinds = [state[kind] for kind in ("ranges", "lows") if kind in state]
+    found: dict[str, dict[str, Any]] = {}
+    for path in (*state["scales"], *state["tables"]):
+        own = [n for n in (path, f"{path}/lhs", f"{path}/rhs") if n in state.get("count", {})]
+        found[path] = {n: ([kind[n] for kind in kinds], state["count"][n]) for n in own}
+        if "layer" in state:
+            found[path]["layer"] = state["layer"][path]
+    return found

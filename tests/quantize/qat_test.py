@@ -674,7 +674,7 @@ def test_two_weights_of_one_shape_are_told_apart():
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"weights": 1}, SetupError, r"weights of qat\(\) has 1 bits.*2 to 8"),
+        ({"weights": 0}, SetupError, r"weights of qat\(\) has 0 bits.*1 to 8"),
         ({"activations": 12}, SetupError, r"activations of qat\(\) has 12 bits"),
         ({"rules": [("head", Bits(9, 8))]}, SetupError, "weights of the rule 'head' has 9 bits"),
         ({"ranges": "ema"}, SetupError, "'ema'.*'dynamic' or 'static'"),
