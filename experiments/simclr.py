@@ -13,7 +13,7 @@ Published, for orientation (Chen et al. 2020, ImageNet, ResNet-50, top-5 accurac
 share of the labels): 1%: from scratch 48.4, SimCLR 75.5; 10%: from scratch 80.4, SimCLR 87.8.
 
 Command: python -m experiments simclr
-Cost: 12 minutes on 1 CPU core (3 pre-trainings, 24 fine-tunings).
+Cost: 10 minutes on 2 CPU cores that others share (3 pre-trainings, 24 fine-tunings).
 
 Papers: Chen et al., "A simple framework for contrastive learning of visual representations", 2020,
 https://arxiv.org/abs/2002.05709; "Big self-supervised models are strong semi-supervised learners",
