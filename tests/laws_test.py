@@ -74,6 +74,9 @@ TRANSFORMS = {
     "quant_noise": lambda model: ej.quantize.quant_noise(4),
     "soft_to_hard": lambda model: ej.quantize.soft_to_hard(4, 8, end=3),
     "distill": lambda model: ej.distill.logits(TEACHER.apply, temperature=2.0),
+    "cached": lambda model: ej.distill.logits(ej.distill.Cached(classes=8, k=3), temperature=2.0),
+    "mean_teacher": lambda model: ej.distill.mean_teacher(MODELS[model]().apply, decay=0.9),
+    "mutual": lambda model: ej.distill.mutual(temperature=2.0),
     "dkd": lambda model: ej.distill.logits(TEACHER.apply, ej.distill.dkd),
     "features": lambda model: ej.distill.features(
         TEACHER.apply,
@@ -101,17 +104,33 @@ def teacher():
     return ej.distill.Teacher(*jax.jit(TEACHER.init)(jax.random.key(9), nets.BATCH))
 
 
+def batch_of(transforms):
+    """The batch, with a cache's rows where one of the transforms reads them."""
+    if "cached" not in transforms:
+        return nets.BATCH
+    values, indices = jax.lax.top_k(jax.random.normal(jax.random.key(3), (24, 8)), 3)
+    return {**nets.BATCH, "teacher_values": values, "teacher_indices": indices}
+
+
+def model_of(transforms, model):
+    """The model and its loss; two peers of it where they teach each other."""
+    if "mutual" in transforms:
+        return ej.distill.peers(model, model), ej.distill.each(nets.loss)
+    return model, nets.loss
+
+
 def case(model, **transforms):
     chained = ej.chain(**{name: make(model) for name, make in transforms.items()})
     frozen = {name: teacher() for name in transforms if name in TAUGHT} or None
-    params, _ = jax.eval_shape(MODELS[model]().init, jax.random.key(0), nets.BATCH)
+    net, loss = model_of(transforms, MODELS[model]())
+    params, _ = jax.eval_shape(net.init, jax.random.key(0), nets.BATCH)
     rules = [
         (f"^{path}$", PartitionSpec(*[None] * (x.ndim - 1), "model"))
         for path, x in ej.select.leaves(params).items()
         if path.endswith("kernel") and x.shape[-1] % 8 == 0
     ]
     given = {"frozen": frozen, "rules": tuple(rules), "meshes": ((4, 2),), "steps": 4}
-    return Case(chained, MODELS[model](), nets.BATCH, nets.loss, **given)
+    return Case(chained, net, batch_of(transforms), loss, **given)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -172,21 +191,34 @@ def test_all_four(model):
     check_transform(dataclasses.replace(case(model, **four), meshes=meshes), laws)
 
 
+def without_dropout(name, library):
+    """A transform of the library's network; the one that runs that network itself, too."""
+    if name == "mean_teacher":
+        plain = {"linen": nets.linen, "nnx": nets.nnx_}[library]
+        return ej.distill.mean_teacher(plain(dropout=0.0).apply, decay=0.9)
+    return TRANSFORMS[name](library)
+
+
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_linen_and_nnx_give_the_same_numbers(name):
     """Law 11. Without dropout, whose keys the two libraries derive differently."""
     frozen = {"t": teacher()} if name in TAUGHT else None
-    given = nets.nnx_(dropout=0.0).init(jax.random.key(0), nets.BATCH)
-    runs = []
-    for model, (params, stats) in (
-        (nets.nnx_(dropout=0.0), given),
-        (nets.linen(dropout=0.0), nets.from_nnx_state(*given)),
-    ):
-        transform = ej.chain(t=TRANSFORMS[name]("linen"))
-        one = Case(transform, model, nets.BATCH, nets.loss, frozen=frozen)
+    batch, runs = batch_of([name]), []
+    model, loss = model_of([name], nets.nnx_(dropout=0.0))
+    params, stats = model.init(jax.random.key(0), batch)
+    for library in ("nnx", "linen"):
+        if library == "linen":
+            model, _ = model_of([name], nets.linen(dropout=0.0))
+            convert = nets.from_nnx_state
+            if name == "mutual":
+                stats = {peer: convert(None, found)[1] for peer, found in stats.items()}
+            else:
+                params, stats = convert(params, stats)
+        transform = ej.chain(t=without_dropout(name, library))
+        one = Case(transform, model, batch, loss, frozen=frozen)
         state = one.init(params=params, model_state=stats)
         for _ in range(3):
-            state, metrics = one.jitted(state, nets.BATCH, frozen)
+            state, metrics = one.jitted(state, batch, frozen)
         runs.append((state.vars, metrics))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), *runs)
 
