@@ -3,6 +3,7 @@
 from effjax.quantize import numerics
 from effjax.quantize.anneal import soft_to_hard
 from effjax.quantize.binary import binary, dorefa, ternary
+from effjax.quantize.fold import fold_batchnorm, folded
 from effjax.quantize.integer import Integer, integer
 from effjax.quantize.learned import lsq, lsq_plus, pact
 from effjax.quantize.noise import quant_noise
@@ -14,6 +15,8 @@ __all__ = [
     "Integer",
     "binary",
     "dorefa",
+    "fold_batchnorm",
+    "folded",
     "integer",
     "lsq",
     "lsq_plus",
