@@ -12,8 +12,10 @@ shifted products; "XLA int8" has the int8 convolutions themselves; "float" has g
 on rounded floats. XLA's depthwise int8 convolution is slower than its float one, which is why one
 would leave it in float; the shifted products are faster than both, because they are one fused loop.
 
-Expected: what int8 gives depends on the processor's int8 instructions: 3 times for the MLP with
-AMX; with AVX-512 VNNI alone XLA's int8 matrix product reaches 1.6 times its float32 one.
+Expected: what int8 gives depends on the processor. On 2 cores with AVX-512 VNNI and without AMX,
+where XLA's int8 matrix product is itself 1.3 to 1.8 times as fast as its float32 one, which bounds
+the rest: 1.1 to 1.4 times for the MLP, 1.0 to 1.5 for the CNN, 1.2 to 1.5 for the transformer and
+4 to 12 for the depthwise CNN. The times vary from run to run where other programs run, too.
 Cost: 1 minute on 2 CPU cores.
 Command: python -m experiments bench.integer
 """
