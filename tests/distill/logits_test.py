@@ -150,6 +150,27 @@ def test_evaluation_runs_no_teacher():
     np.testing.assert_allclose(evaluate(state, BATCH)["mean"].value, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_the_teacher_is_sharded_with_the_batch(dtype):
+    found = []
+
+    def teacher(params, model_state, batch, key, train):
+        logits, model_state = linear(params, model_state, batch, key, train)
+        jax.debug.inspect_array_sharding(logits, callback=found.append)
+        return logits, model_state
+
+    layout = ej.Layout(jax.make_mesh((8,), ("data",)))
+    batch = layout.put_batch(jax.tree.map(lambda x: jnp.tile(x, (4,) + (1,) * (x.ndim - 1)), BATCH))
+    frozen, tx = {"kd": Teacher(weights(1), {})}, optax.sgd(0.1)
+    chain = ej.chain(kd=ej.distill.logits(teacher, dtype=dtype))
+    state = ej.init_state(jax.random.key(0), MODEL, chain, tx, batch, frozen, layout=layout)
+    found.clear()
+    compiled = jax.jit(ej.make_step(linear, chain, cross_entropy, tx)).lower(state, batch, frozen)
+    text = compiled.compile().as_text()
+    assert [s.shard_shape((24, CLASSES)) for s in found] == [(3, CLASSES)]
+    assert "all-gather" not in text  # neither the batch nor the teacher's logits
+
+
 class NnxTeacher(nnx.Module):
     def __init__(self, rngs):
         self.norm = nnx.BatchNorm(FEATURES, rngs=rngs)
