@@ -56,7 +56,8 @@ def binary(
         one = lambda: lowbit.signs(x, rows)  # noqa: E731
         return _where(bits, 1, one, lambda: on_grid(x, values, bits, place))
 
-    return transform_of(asked, Operand(_signs), Operand(activation), per_channel=per_channel)
+    own = Operand(_signs)
+    return transform_of(asked, own, Operand(activation), per_channel=per_channel, form="binary")
 
 
 def ternary(
@@ -94,7 +95,8 @@ def ternary(
         two = lambda: lowbit.ternary_values(w, place.axes)  # noqa: E731
         return _where(bits, 2, two, lambda: _signs(w, values, bits, place))
 
-    return transform_of(asked, Operand(weight), Operand(on_grid), per_channel=per_channel)
+    own = Operand(weight)
+    return transform_of(asked, own, Operand(on_grid), per_channel=per_channel, form="ternary")
 
 
 def dorefa(
@@ -148,7 +150,7 @@ def dorefa(
 
     clipped = Operand(rounded, ends_seen, fit)
     own = Operand(lowbit.dorefa_weights)
-    return transform_of(asked, own, clipped, per_channel=False, gradients=gradients)
+    return transform_of(asked, own, clipped, per_channel=False, gradients=gradients, form="dorefa")
 
 
 def on_grid(x: Array, values: Values, bits: numerics.Bits, place: Place) -> Array:

@@ -307,6 +307,11 @@ def _state_of(transform: Transform, state: TrainState) -> Mapping[str, Any]:
             f"integer() takes the grids of qat(), whose scales follow from weights and ranges; "
             f"the quantizer {found[0]!r} has trained ones."
         )
+    if own.get("form"):
+        raise SetupError(
+            f"integer() takes grids that are symmetric, with one scale for an activation; those of "
+            f"{found[0]!r} are {sorted(own['form'])}. Train with qat's defaults for these."
+        )
     if never := [name for name, n in own.get("count", {}).items() if not np.all(np.asarray(n))]:
         raise SetupError(
             f"the static ranges of {never} were never calibrated: no training step has seen "

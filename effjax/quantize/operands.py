@@ -83,6 +83,7 @@ def transform_of(
     gradients: Bits | None = None,
     penalty: Mapping[str, Scalar] | None = None,
     check: Callable[[list[Site]], None] | None = None,
+    form: str | None = None,
 ) -> Transform:
     """The Transform that rounds weights and activations at the sites of some rules.
 
@@ -94,6 +95,8 @@ def transform_of(
       gradients: bits of what flows back into each operation; None leaves it alone.
       penalty: {name of trained values: factor f}: adds the loss f/2 · (sum of their squares).
       check: called with the sites at `init`, to raise what is wrong with them.
+      form: the name of the values' form where evaluation does not round as `qat` does by default;
+        kept as state["form"], which tells what reads the state that its grids are others.
 
     State: "scales" and "tables" as `qat`; {"fitted": {site: bool}, "count": {name: int32}} say
     which weights and activations have values, "fixed" holds those that are not trained. Trained
@@ -115,6 +118,8 @@ def transform_of(
         if check is not None:
             check(sites)
         state: dict[str, Any] = dict(engine.scale_counts(sites, per_channel))
+        if form is not None:
+            state["form"] = {form: jnp.ones((), jnp.int32)}
         if random:
             state["layer"] = layer_numbers(sites)
         if not learns:

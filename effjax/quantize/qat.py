@@ -102,9 +102,11 @@ def qat(
 
     State: {"scales": {site: number of weight scales}}, and with static ranges {"ranges", "count"}
     by site (a product's are "@name/lhs" and "@name/rhs"), layers of a scan on leading axes; where
-    not symmetric, "ranges" are of max(x, 0) and "lows" of max(-x, 0). `aux` carries {"ranges":
-    max|x| of this batch} and "lows". Metrics of static ranges: "saturated" is the fraction
-    of activations whose batch maximum lies outside the range, "uncalibrated" counts those without.
+    not symmetric, "ranges" are of max(x, 0) and "lows" of max(-x, 0). "form" names what other
+    readers of the state must know (asymmetric, per_token), "layer" numbers layers for their keys.
+    `aux` carries {"ranges": max|x| of this batch} and "lows". Metrics of static ranges: "saturated"
+    is the fraction of activations whose batch maximum lies outside the range, "uncalibrated" counts
+    those without.
 
     Raises:
       SetupError: bits outside 2..8 (weights: 1..8) and below 16, an unknown kind of ranges or
@@ -150,6 +152,11 @@ def qat(
         if tile is not None:
             engine.check_tiles(sites, tile, "a tile")
         state: dict[str, Any] = dict(engine.scale_counts(sites, per_channel, tile))
+        form = {"asymmetric": not symmetric, "per_token": per_token}
+        if any(form.values()):
+            state["form"] = {
+                n: jnp.ones((), jnp.int32) for n, asked_for in form.items() if asked_for
+            }
         if random:
             state["layer"] = layer_numbers(sites)
         if static:

@@ -240,3 +240,15 @@ def test_wrong_settings(kwargs, message):
 def test_a_tile_that_does_not_divide():
     with pytest.raises(SetupError, match=r"a tile of 3 does not divide axis 0 of kernel.*\(4, 4\)"):
         init(linear, qat(tile=3), {"kernel": SQUARE}, X)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [qat(symmetric=False), qat(per_token=True), ej.quantize.ternary(8), ej.quantize.dorefa(4, 32)],
+    ids=["asymmetric", "per_token", "ternary", "dorefa"],
+)
+def test_an_integer_program_refuses_grids_that_it_would_misread(transform):
+    model, tx = nets.raw(), optax.sgd(0.1)
+    state = ej.init_state(KEY, model, transform, tx, nets.BATCH)
+    with pytest.raises(SetupError, match="takes grids that are symmetric"):
+        ej.quantize.integer(model.apply, transform, state, nets.BATCH)
