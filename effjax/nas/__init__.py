@@ -1,7 +1,21 @@
-"""Architecture search: sub-networks that share the weights of one."""
+"""Architecture search: spaces of configurations, and sub-networks that share weights."""
 
+from effjax.nas.dimensions import Choice, Float, Integer, Repeat, When
 from effjax.nas.groups import WidthSpace, width_space
+from effjax.nas.space import Space
 from effjax.nas.subnet import make_recalibrate, subnet
 from effjax.nas.width import width
 
-__all__ = ["WidthSpace", "make_recalibrate", "subnet", "width", "width_space"]
+__all__ = [
+    "Choice",
+    "Float",
+    "Integer",
+    "Repeat",
+    "Space",
+    "When",
+    "WidthSpace",
+    "make_recalibrate",
+    "subnet",
+    "width",
+    "width_space",
+]
