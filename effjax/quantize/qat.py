@@ -141,6 +141,10 @@ def qat(
         raise SetupError(f"freeze is {freeze}, but only ranges='static' have ranges to freeze.")
     if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
         raise SetupError(f"tile is {tile!r}; it is how many weights share a scale, 1 or more.")
+    if tile is not None and any(is_one(bits.weights) for bits in asked.widths):
+        raise SetupError(
+            f"weights of one bit have a scale for each channel, not in tiles of {tile}."
+        )
     if gradients is not None:
         numerics.check_bits(gradients, "gradients of qat()")
     random = rounding == "stochastic" or gradients is not None

@@ -229,6 +229,7 @@ def test_ranges_between_two_ends_give_no_gradient_to_them():
         ({"per_token": True, "ranges": "static"}, "per_token"),
         ({"freeze": 3}, "freeze is 3"),
         ({"tile": 0}, "tile is 0"),
+        ({"tile": 2, "weights": 1}, "one bit"),
         ({"gradients": 1}, "gradients of qat.* has 1 bits"),
     ],
 )
