@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from effjax.core import Apply, PyTree, Transform
+from effjax.core import Apply, Ctx, PyTree, Transform
 from effjax.errors import SetupError, SiteError
 from effjax.interpret import Handler, Operation, intercept
 from effjax.quantize import kernels, numerics
@@ -84,8 +84,9 @@ def integer(
       backend: "cpu", "gpu" or "tpu": what the program is written for; by default the one there is.
 
     Raises:
-      SetupError: no `qat` or several, trained steps, static ranges that were never calibrated, bits
-        outside 2..8, sums that may exceed int32, a selected site that stays in floating point.
+      SetupError: no `qat` or several; trained steps, or grids other than qat's symmetric ones;
+        static ranges that were never calibrated; bits outside 2..8; sums that may exceed int32; a
+        selected site that stays in floating point.
       SelectorError: `select` matches no site.
       SiteError: a site in a branch that does not run for the batch, or inside a `shard_map`.
 
@@ -135,6 +136,7 @@ def integer(
             for name in entry.names.values():
                 grid = numerics.grid(entry.act_bits or numerics.WIDEST)
                 weights["inputs"][name] = numerics.scale_of(own["ranges"][name], grid)
+    _check_grids(apply, transform, state, entries, stored, weights["inputs"], batch)
     rounded = {p for site in analysis.sites if site.path in stored for p in site.leaves}
     met = {p for site in analysis.sites if site.path not in stored for p in site.leaves}
     gone = {p for p in rounded - met - stays if not analysis.met[p]}
@@ -257,6 +259,66 @@ def _store(
             "integer() a batch for which it runs, or leave these weights out of qat's `select`."
         )
     return found
+
+
+def _check_grids(
+    apply: Apply,
+    transform: Transform,
+    state: TrainState,
+    entries: Mapping[str, Entry],
+    stored: Mapping[str, dict[str, Array]],
+    inputs: Mapping[str, Array],
+    batch: PyTree,
+) -> None:
+    """Raises unless the operands in evaluation lie on the grids that the program has."""
+    ctx = Ctx(state.step, state.key, train=False)
+
+    def plain(params, model_state, batch, key, train):
+        return (*apply(params, model_state, batch, key, train), {})
+
+    def forward(params, model_state, batch, key):
+        viewed = transform.view(params, state.vars.extra, state.transform, ctx)
+        wrapped = transform.wrap(plain, state.vars.extra, state.transform, ctx)
+        return wrapped(viewed, model_state, batch, key, False)[0]
+
+    def handler(op: Operation) -> tuple[Array, PyTree]:
+        entry, site, away = entries[op.site.path], op.site, jnp.zeros(())
+        if entry.weight_bits is not None and site.weight is not None:
+            w, scale = op.operands[site.weight], op.given["scale"]
+            codes = kernels.unpack(op.given["codes"], w.shape, entry.weight_bits)
+            # In bfloat16 the points of the grid are rounded.
+            exact = (codes.astype(scale.dtype) * scale).astype(w.dtype)
+            away = jnp.max(jnp.abs((w - exact).astype(scale.dtype) / scale))
+        grid = numerics.grid(entry.act_bits or numerics.WIDEST)
+        for i, name in entry.names.items():
+            x = op.operands[i]
+            scale = numerics.scale_of(numerics.absmax(x), grid)
+            if name in op.given["inputs"]:
+                scale = op.given["inputs"][name].reshape((1,) * x.ndim)
+            codes = numerics.round_to(x, scale, grid)
+            error = jnp.abs((x - (codes * scale).astype(x.dtype)).astype(scale.dtype) / scale)
+            away = jnp.maximum(away, jnp.max(error))
+        return op.run(*op.operands), away
+
+    given = {
+        path: {
+            **stored.get(path, {}),
+            "inputs": {n: inputs[n] for n in entry.names.values() if n in inputs},
+        }
+        for path, entry in entries.items()
+    }
+    check = intercept(forward, lambda s: handler if s.path in entries else None, given=given)
+    args = (state.vars.model, state.model_state, batch, jax.random.key(0))
+    found = jax.jit(lambda *args: check(*args)[1])(*args)
+    # A hundredth of a step: rounding of floats makes 1e-5 of it, another grid up to a half.
+    off = {p: float(np.max(np.asarray(x))) for p, x in found.items()}
+    if wrong := [path for path, x in off.items() if not x < 0.01]:
+        raise SetupError(
+            f"in evaluation the operands of {wrong} do not lie on the grids of an integer "
+            "program: symmetric, of 2 to 8 bits, with scales max|w| / (2^(bits-1) - 1) and one "
+            "range for an activation. Train with qat() and its default options, or evaluate what "
+            "was trained with effjax.quantize's other transforms in floating point."
+        )
 
 
 def _analyze(

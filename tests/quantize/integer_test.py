@@ -429,6 +429,26 @@ def test_errors():
         integer(apply, mixed, trained_, x)
 
 
+@pytest.mark.parametrize("make", [ej.quantize.dorefa, ej.quantize.lsq, ej.quantize.ternary])
+def test_other_quantizers_are_no_integer_programs(make):
+    f, params, x, *_ = PROGRAMS["two"]
+    apply, transform = apply_of(f), make()
+    model = ej.Model(lambda key, batch: (params, {}), apply)
+    state = ej.init_state(KEY, model, transform, TX, x)
+    with pytest.raises(SetupError):
+        integer(apply, transform, state, x)
+
+
+def test_operands_off_the_grid():
+    f, params, x, *_ = PROGRAMS["two"]
+    apply, transform = apply_of(f), qat(4, 8)
+    model = ej.Model(lambda key, batch: (params, {}), apply)
+    state = ej.init_state(KEY, model, transform, TX, x)
+    other = transform._replace(wrap=qat(5, 8).wrap)
+    with pytest.raises(SetupError, match="do not lie on the grids"):
+        integer(apply, other, state, x)
+
+
 def test_sums_that_may_exceed_int32():
     params = {"kernel": jnp.zeros((140_000, 1))}
     x = jnp.ones((1, 140_000))
