@@ -99,6 +99,7 @@ def logits(
 
     def run_teacher(frozen: PyTree, batch: PyTree, key: Array) -> Array | TopK:
         if isinstance(teacher, Cached):
+            _check_unmixed(labels, batch)
             return _from_batch(teacher, batch)
         params, model_state = check_teacher("distill.logits", frozen)
         params, batch = cast((params, batch), dtype)
@@ -195,4 +196,20 @@ def _check_classes(cached: Cached, student: Any) -> None:
         raise SetupError(
             f"the student has {shape[-1]} classes (its logits are {list(shape)}) and the cached "
             f"teacher {cached.classes}. They must be the same classes in the same order."
+        )
+
+
+def _check_unmixed(labels: Callable[[PyTree], Array], batch: PyTree) -> None:
+    """Raises if the labels are shares of classes, as mixup makes them: no file has such targets."""
+    try:
+        found = labels(batch)
+    except (KeyError, TypeError):
+        return  # A batch without labels has none that could be mixed.
+    if jnp.issubdtype(found.dtype, jnp.floating):
+        raise SetupError(
+            f"distill.logits learns from a cache, and the labels are {found.dtype}"
+            f"{list(found.shape)}, as mixup and cutmix make them: the cached logits are those of "
+            "the examples before they were mixed. Run the teacher in the step, or take the mixing "
+            "out. If your labels are soft by nature, say which classes they stand for: "
+            "logits(..., labels=lambda batch: batch['label'].argmax(-1))."
         )

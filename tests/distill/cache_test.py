@@ -226,6 +226,27 @@ def test_batches_that_do_not_fit_the_cache(folder):
         run(kd(full.targets), {**batch, **full.batch([0, 1, 2])}, {"kd": WEIGHTS})
 
 
+def test_mixed_examples_have_no_cached_logits(folder):
+    places = np.arange(4)
+    label = np.arange(4, dtype=np.int32)
+    batch = {"image": DATA["x"][:4, None, :, None], "label": label, **write(folder).batch(places)}
+
+    def apply(params, model_state, batch, key, train):
+        return batch["image"][:, 0, :, 0] @ params["kernel"], model_state
+
+    one, tx = model()._replace(apply=apply), optax.sgd(0.1)
+    kd = {"kd": ej.distill.logits(ej.distill.Cached(CLASSES, 0))}
+    for mixing in ({}, {"mix": ej.augment.mixup(1.0, classes=CLASSES)}):
+        chain = ej.chain(**mixing, **kd)
+        state = ej.init_state(jax.random.key(0), one, chain, tx, batch)
+        step = ej.make_step(apply, chain, nothing, tx)
+        if not mixing:
+            assert float(step(state, batch)[1]["kd/kl"]) > 0
+            continue
+        with pytest.raises(ej.errors.SetupError, match=r"mixup.*in the step.*argmax"):
+            step(state, batch)
+
+
 def test_what_cannot_be_written(folder):
     with pytest.raises(ej.errors.SetupError, match=r"float16 cannot hold.*float32"):
         write(folder, prepare=lambda b: {"x": 1e6 * b["x"]})
