@@ -13,6 +13,7 @@ Command: python -m experiments bench.quantize
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -135,13 +136,14 @@ def compared(name: str, module: nn.Module, shape: tuple[int, ...], config: Confi
         "effjax": (ours, (state, batch))
     }
     for label, rounded in (("qwix, rounded residuals", True), ("qwix", False)):
+        module_of = functools.partial(quantized_by_qwix, module, rounded)
         programs[label] = (
-            lambda rounded=rounded: flax_step(quantized_by_qwix(module, rounded), tx),
+            functools.partial(_flax_step_of, module_of, tx),
             (params, stats, tx.init(params), batch),
         )
     programs["float32"] = (lambda: flax_step(module, tx), programs["qwix"][1])
     compiled = {n: jax.jit(make()).lower(*a).compile() for n, (make, a) in programs.items()}
-    calls = {n: (lambda n=n: compiled[n](*programs[n][1])) for n in programs}
+    calls = {n: functools.partial(compiled[n], *args) for n, (_, args) in programs.items()}
 
     # With plain gradient descent the step of the weights is the gradient.
     after, metrics = compiled["effjax"](state, batch)
@@ -183,6 +185,12 @@ def compared(name: str, module: nn.Module, shape: tuple[int, ...], config: Confi
             f"compile {rows[-1]['compile_ratio']:.2f}"
         )
     return rows
+
+
+def _flax_step_of(
+    make: Callable[[], nn.Module], tx: optax.GradientTransformation
+) -> Callable[..., Any]:
+    return flax_step(make(), tx)
 
 
 def _latency(calls: dict[str, Callable[[], Any]], config: Config) -> Any:
