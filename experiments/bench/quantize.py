@@ -15,7 +15,7 @@ Command: python -m experiments bench.quantize
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +193,8 @@ def _flax_step_of(
     return flax_step(make(), tx)
 
 
-def _latency(calls: dict[str, Callable[[], Any]], config: Config) -> Any:
-    return ej.latency(calls, batch_size=config.batch, samples=config.samples)
+def _latency(calls: Mapping[str, Callable[[], Any]], config: Config) -> Any:
+    return ej.latency(dict(calls), batch_size=config.batch, samples=config.samples)
 
 
 def run(config: Config) -> dict[str, Any]:
