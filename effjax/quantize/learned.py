@@ -45,10 +45,14 @@ def lsq(
     then, evaluation has no ranges for activations and leaves them in floating point; the metric
     "uncalibrated" counts them. Zeros stay exact zeros.
 
-    Steps are trained leaves at "extra/<name>/step/...", for a label of their own, usually without
-    weight decay:
+    Steps are trained leaves at "extra/<name>/step/...". Give them a label, and thereby a learning
+    rate, of their own, without weight decay:
 
-        labels = ej.select.label_tree(vars, [(r"^extra/.*step/", "steps"), ("", "weights")])
+        rules = [(r"^extra/.*(step|offset)/", "steps"), ("", "weights")]
+        tx = optax.partition({"steps": ..., "weights": ...}, ej.select.label_tree(vars, rules))
+
+    Steps of 8 bits are near 0.01, and Adam moves a leaf by about its learning rate in each step: at
+    the weights' rate of 0.005 it walks them through zero, and nothing is learnt.
 
     Args:
       weights, activations: bits, 1..8, or 16 and more for floating point; may be traced.
@@ -99,6 +103,9 @@ def lsq_plus(
     offsets lie between whole steps; here zero is exact.
 
     Args, Raises: as `lsq`.
+
+    Steps and offsets need a learning rate of their own, more than those of `lsq` do, as they begin
+    smaller; see there.
 
     Extra: {"step": {"weights", "activations"}, "offset": {"activations"}} by site.
 
