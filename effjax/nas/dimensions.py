@@ -90,7 +90,7 @@ def to_plain(dimension: Any) -> dict[str, Any]:
 def from_plain(content: dict[str, Any]) -> Any:
     """The dimension that `to_plain` wrote."""
     rest = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items() if k != "kind"}
-    kinds = {kind.__name__: kind for kind in (Choice, Integer, Float, When, Repeat)}
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in (Choice, Integer, Float, When, Repeat)}
     if content.get("kind") not in kinds:
         raise SetupError(f"{content} is no dimension; its kind is one of {sorted(kinds)}.")
     if "then" in rest:
