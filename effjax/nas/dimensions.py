@@ -40,7 +40,7 @@ class When(NamedTuple):
 class Repeat(NamedTuple):
     """So many copies of the same dimensions: cells that are chosen one by one."""
 
-    count: int
+    times: int
     dimensions: dict[str, Any]
 
 
@@ -89,7 +89,9 @@ def to_plain(dimension: Any) -> dict[str, Any]:
 
 def from_plain(content: dict[str, Any]) -> Any:
     """The dimension that `to_plain` wrote."""
-    rest = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items() if k != "kind"}
+    rest: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in content.items() if k != "kind"
+    }
     kinds: dict[str, Any] = {kind.__name__: kind for kind in (Choice, Integer, Float, When, Repeat)}
     if content.get("kind") not in kinds:
         raise SetupError(f"{content} is no dimension; its kind is one of {sorted(kinds)}.")

@@ -75,9 +75,9 @@ class Space:
             if "." in name:
                 raise SetupError(f"the name {name!r} has a dot, which separates cells' names.")
             if isinstance(dimension, Repeat):
-                if dimension.count < 1:
-                    raise SetupError(f"{full} is repeated {dimension.count} times; use 1 or more.")
-                for i in range(dimension.count):
+                if dimension.times < 1:
+                    raise SetupError(f"{full} is repeated {dimension.times} times; use 1 or more.")
+                for i in range(dimension.times):
                     self._flatten(f"{full}.{i}.", dimension.dimensions)
                 continue
             parent = None
