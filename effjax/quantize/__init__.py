@@ -3,27 +3,40 @@
 from effjax.quantize import numerics
 from effjax.quantize.anneal import soft_to_hard
 from effjax.quantize.binary import binary, dorefa, ternary
+from effjax.quantize.budget import Allocation, allocate, bit_costs
 from effjax.quantize.fold import fold_batchnorm, folded
+from effjax.quantize.hessian import Trace, hessian_traces, objective_of
 from effjax.quantize.integer import Integer, integer
 from effjax.quantize.learned import lsq, lsq_plus, pact
 from effjax.quantize.noise import quant_noise
 from effjax.quantize.qat import qat
-from effjax.quantize.rules import Bits
+from effjax.quantize.rules import Bits, by_leaf
+from effjax.quantize.sensitivity import drop_one, hawq, rounding_errors
 
 __all__ = [
+    "Allocation",
     "Bits",
     "Integer",
+    "Trace",
+    "allocate",
     "binary",
+    "bit_costs",
+    "by_leaf",
     "dorefa",
+    "drop_one",
     "fold_batchnorm",
     "folded",
+    "hawq",
+    "hessian_traces",
     "integer",
     "lsq",
     "lsq_plus",
     "numerics",
+    "objective_of",
     "pact",
     "qat",
     "quant_noise",
+    "rounding_errors",
     "soft_to_hard",
     "ternary",
 ]

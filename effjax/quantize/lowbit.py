@@ -24,6 +24,17 @@ def signs(x: Array, axes: tuple[int, ...] = (), *, clipped: bool = True) -> Arra
     return _extreme(x, axes, 0.0, clipped)
 
 
+def rounded(x: Array, bits: int, axes: tuple[int, ...] = ()) -> Array:
+    """x at a known width, as `qat` rounds weights: one bit, an integer grid, or as it is; dq/dx =
+    1."""
+    if bits >= numerics.FLOAT:
+        return x
+    if bits == 1:
+        return signs(x, axes, clipped=False)
+    grid = numerics.grid(bits)
+    return numerics.fake_quant(x, numerics.scale_of(numerics.absmax(x, axes), grid), grid)
+
+
 def ternary_values(x: Array, axes: tuple[int, ...] = ()) -> Array:
     """s · sign(x) where |x| > 0.7 mean|x|, else 0; s = mean|x| over those. dq/dx = 1.
 

@@ -23,6 +23,30 @@ class Bits(NamedTuple):
     activations: numerics.Bits = 8
 
 
+def by_leaf(
+    bits: Mapping[str, "Bits | numerics.Bits"], activations: numerics.Bits = 32
+) -> tuple[tuple[str, Bits], ...]:
+    """Rules that give each leaf bits of its own, at all its uses: mixed precision.
+
+    Args:
+      bits: {params path: bits of the weights, or `Bits`}; traced widths share one program.
+      activations: bits of what they are multiplied with, where only the weights' are given.
+
+    Example:
+      >>> import effjax as ej
+      >>> mixed = ej.quantize.by_leaf({"conv/kernel": 4, "head/kernel": 2}, activations=8)
+      >>> mixed[1]
+      ('^head/kernel(#[0-9]+)?$', Bits(weights=2, activations=8))
+      >>> ej.quantize.qat(8, 8, rules=mixed).kind
+      'quantize'
+    """
+
+    def both(found: "Bits | numerics.Bits") -> Bits:
+        return found if isinstance(found, Bits) else Bits(found, activations)
+
+    return tuple((f"^{re.escape(path)}(#[0-9]+)?$", both(found)) for path, found in bits.items())
+
+
 class Rules(NamedTuple):
     """Regular expressions over site paths, and what they ask for; see `qat`."""
 
