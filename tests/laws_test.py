@@ -73,6 +73,7 @@ TRANSFORMS = {
     "ternary": lambda model: ej.quantize.ternary(8),
     "quant_noise": lambda model: ej.quantize.quant_noise(4),
     "soft_to_hard": lambda model: ej.quantize.soft_to_hard(4, 8, end=3),
+    "bit_search": lambda model: ej.quantize.bit_search(3.0, (2, 4, 8), temperature=0.5),
     "distill": lambda model: ej.distill.logits(TEACHER.apply, temperature=2.0),
     "cached": lambda model: ej.distill.logits(ej.distill.Cached(classes=8, k=3), temperature=2.0),
     "mean_teacher": lambda model: ej.distill.mean_teacher(MODELS[model]().apply, decay=0.9),

@@ -3,6 +3,7 @@
 from effjax.quantize import numerics
 from effjax.quantize.anneal import soft_to_hard
 from effjax.quantize.binary import binary, dorefa, ternary
+from effjax.quantize.bitsearch import bit_search, within
 from effjax.quantize.budget import Allocation, allocate, bit_costs
 from effjax.quantize.fold import fold_batchnorm, folded
 from effjax.quantize.hessian import Trace, hessian_traces, objective_of
@@ -21,6 +22,7 @@ __all__ = [
     "allocate",
     "binary",
     "bit_costs",
+    "bit_search",
     "by_leaf",
     "dorefa",
     "drop_one",
@@ -39,4 +41,5 @@ __all__ = [
     "rounding_errors",
     "soft_to_hard",
     "ternary",
+    "within",
 ]

@@ -8,6 +8,7 @@ from jax import Array
 
 from effjax.quantize import levels, numerics
 from effjax.quantize.operands import Place, Values
+from effjax.schedules import is_traced
 
 TERNARY_THRESHOLD = 0.7  # of the mean magnitude
 
@@ -24,15 +25,24 @@ def signs(x: Array, axes: tuple[int, ...] = (), *, clipped: bool = True) -> Arra
     return _extreme(x, axes, 0.0, clipped)
 
 
-def rounded(x: Array, bits: int, axes: tuple[int, ...] = ()) -> Array:
-    """x at a known width, as `qat` rounds weights: one bit, an integer grid, or as it is; dq/dx =
-    1."""
-    if bits >= numerics.FLOAT:
+def rounded(x: Array, bits: numerics.Bits, axes: tuple[int, ...] = ()) -> Array:
+    """x as `qat` rounds weights: signs of one bit, an integer grid, or as it is; dq/dx = 1.
+
+    Args:
+      x: any shape, floating point.
+      bits: 1..8, or 16 and more; may be traced.
+      axes: those along which scales differ.
+    """
+    traced = is_traced(bits)
+    if not traced and int(bits) >= numerics.FLOAT:
         return x
-    if bits == 1:
+    if not traced and int(bits) == 1:
         return signs(x, axes, clipped=False)
     grid = numerics.grid(bits)
-    return numerics.fake_quant(x, numerics.scale_of(numerics.absmax(x, axes), grid), grid)
+    many = numerics.fake_quant(x, numerics.scale_of(numerics.absmax(x, axes), grid), grid)
+    if not traced:
+        return many
+    return jnp.where(jnp.asarray(bits) == 1, signs(x, axes, clipped=False), many)
 
 
 def ternary_values(x: Array, axes: tuple[int, ...] = ()) -> Array:
