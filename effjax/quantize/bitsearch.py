@@ -8,12 +8,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from effjax.core import Ctx, Forward, Metrics, PyTree, Setup, Transform
 from effjax.errors import ScheduleError, SetupError
 from effjax.interpret import Operation
-from effjax.quantize import engine, lowbit, numerics
+from effjax.quantize import engine, levels, lowbit, numerics
 from effjax.quantize.budget import Allocation, Table, allocate
 from effjax.quantize.rules import Bits, Rules, by_leaf
 from effjax.schedules import Scalar, as_schedule, is_traced
@@ -24,7 +24,7 @@ from effjax.sites import Site
 def bit_search(
     budget: Scalar = 3.0,
     widths: Sequence[int] = (2, 3, 4, 6, 8),
-    activations: numerics.Bits = 8,
+    activations: numerics.Bits | Literal["same"] = 8,
     *,
     unit: Literal["bits", "bitops"] = "bits",
     strength: Scalar = 1.0,
@@ -32,9 +32,10 @@ def bit_search(
     draw: Literal["gumbel", "softmax"] = "gumbel",
     select: str = KERNELS,
     per_channel: bool = True,
+    symmetric: bool = True,
     rules: Sequence[tuple[str, Bits]] = (),
 ) -> Transform:
-    """Differentiable search for the bits of the weights (EdMIPS, DNAS).
+    """Differentiable search for the bits of each layer (EdMIPS, DNAS).
 
     In training each leaf is seen as a mixture of its roundings to the candidate widths b,
 
@@ -55,13 +56,14 @@ def bit_search(
     Args:
       budget: the average number of bits; may be traced, as `strength` and `activations`.
       widths: candidates, 1..8, or 16 and more for floating point.
-      activations: bits of what the weights are multiplied with, with dynamic ranges as in `qat`;
-        they are not searched for.
+      activations: bits of what the weights are multiplied with, with dynamic ranges as in `qat`,
+        which are not searched for; or "same", a layer's width for both of its operands: then its
+        activations are mixed as its weights are, of widths from 2.
       unit: what the average is over.
       strength: of the penalty.
       temperature: above 0; a number or a schedule.
       draw: see above.
-      select, per_channel: as `qat`.
+      select, per_channel, symmetric: as `qat`.
       rules: (pattern, Bits) pairs; sites that one matches have these bits and are not searched, nor
         counted.
 
@@ -88,12 +90,13 @@ def bit_search(
     quantization of ConvNets via differentiable neural architecture search", 2018,
     https://arxiv.org/abs/1812.00090 (DNAS).
     """
-    widths = _check(widths, budget, unit, draw)
+    widths = _check(widths, budget, activations, unit, draw)
     if not callable(temperature) and not is_traced(temperature) and temperature <= 0:
         raise ScheduleError(f"the temperature is {temperature}; a softmax needs one above 0.")
     hotness = as_schedule(temperature)
     # Sites that no rule matches are searched; their own bits are read in `describe` alone.
-    default = Bits(widths[0], activations)
+    same = isinstance(activations, str)
+    default = Bits(min(widths), min(widths) if isinstance(activations, str) else activations)
     asked = engine.rules_of("bit_search", default, rules, select, False, False, Bits(1, 2))
     candidates = jnp.asarray(widths, jnp.float32)
 
@@ -114,6 +117,8 @@ def bit_search(
                 f"rules give bits to all sites {[s.path for s in sites]}; none is left to search."
             )
         state: dict[str, Any] = dict(engine.scale_counts(sites, per_channel))
+        if not symmetric:
+            state["form"] = {"asymmetric": jnp.ones((), jnp.int32)}
         total = sum(units.values())
         state["units"] = {leaf: jnp.asarray(n / total, jnp.float32) for leaf, n in units.items()}
         return {"logits": {leaf: jnp.zeros(len(widths), jnp.float32) for leaf in units}}, state
@@ -138,21 +143,32 @@ def bit_search(
         return total
 
     def wrap(forward: Forward, extra: PyTree, state: PyTree, ctx: Ctx) -> Forward:
+        def mixed(op: Operation, x: Array, rounded: Callable[[Array, int], Array]) -> Array:
+            share = op.shared["mixtures"][op.site.leaf]
+            mixture = jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
+            for i, width in enumerate(widths):
+                mixture += share[i] * rounded(x, width)
+            return mixture.astype(x.dtype)
+
         def weight(op: Operation, w: Array, bits: numerics.Bits) -> tuple[Array, PyTree]:
             assert op.site.weight is not None  # no products are asked for
             axes = op.site.channels[op.site.weight] if per_channel else ()
-            if not searched(op.site.path):
-                return lowbit.rounded(w, bits, axes), {}
-            mixture = jnp.zeros_like(w, jnp.promote_types(w.dtype, jnp.float32))
-            for i, width in enumerate(widths):
-                mixture += op.shared["mixtures"][op.site.leaf][i] * lowbit.rounded(w, width, axes)
-            return mixture.astype(w.dtype), {}
+            if searched(op.site.path):
+                return mixed(op, w, lambda w, b: lowbit.rounded(w, b, axes)), {}
+            return lowbit.rounded(w, bits, axes), {}
+
+        def ranged(x: Array, bits: numerics.Bits) -> Array:
+            if symmetric:
+                return lowbit.rounded(x, bits)
+            still = lax.stop_gradient(x)
+            high, low = (jnp.max(y, keepdims=True, initial=0) for y in (still, -still))
+            return levels.between(x, -low, high, levels.unsigned(bits), False)
 
         def activation(
             op: Operation, x: Array, bits: numerics.Bits, name: str
         ) -> tuple[Array, PyTree]:
-            grid = numerics.grid(bits)
-            return numerics.fake_quant(x, numerics.scale_of(numerics.absmax(x), grid), grid), {}
+            both = same and searched(op.site.path)
+            return (mixed(op, x, ranged) if both else ranged(x, bits)), {}
 
         rounded = engine.round_sites(
             forward,
@@ -185,7 +201,11 @@ def bit_search(
             leaf: widths[int(np.argmax(np.asarray(logits)))]
             for leaf, logits in extra["logits"].items()
         }
-        decided: Rules = asked._replace(bits=(*asked.bits, *by_leaf(found, activations)))
+        both = {
+            leaf: Bits(b, b if isinstance(activations, str) else activations)
+            for leaf, b in found.items()
+        }
+        decided: Rules = asked._replace(bits=(*asked.bits, *by_leaf(both)))
         return decided.describe(params, state)
 
     return Transform(
@@ -216,14 +236,19 @@ def within(extra: PyTree, widths: Sequence[int], costs: Table, budget: float) ->
     return allocate(found, costs, budget)
 
 
-def _check(widths: Sequence[int], budget: Scalar, unit: str, draw: str) -> tuple[int, ...]:
+def _check(
+    widths: Sequence[int], budget: Scalar, activations: Any, unit: str, draw: str
+) -> tuple[int, ...]:
     widths = tuple(widths)
     if any(is_traced(width) for width in widths):
         raise SetupError("candidate widths are Python numbers; the budget may be traced.")
     if len(widths) < 2 or len(set(widths)) < len(widths):
         raise SetupError(f"the widths are {widths}; a search needs two or more different ones.")
+    if isinstance(activations, str) and activations != "same":
+        raise SetupError(f"activations are {activations!r}; they have some bits, or 'same'.")
     for width in widths:
-        numerics.check_bits(width, "a candidate of bit_search()", 1)
+        least = 2 if isinstance(activations, str) else 1
+        numerics.check_bits(width, "a candidate of bit_search()", least)
     if not is_traced(budget) and not min(widths) <= budget <= max(widths):
         raise SetupError(f"the budget is {budget} bits on average; the candidates are {widths}.")
     if unit not in ("bits", "bitops"):

@@ -55,13 +55,14 @@ def test_training_sees_the_mixture_by_hand():
     np.testing.assert_allclose(dl["logits"]["kernel"], by_hand, rtol=1e-3, atol=1e-3)
 
 
-def test_evaluation_is_qat_at_the_most_probable_widths():
-    transform = bit_search(3.0, WIDTHS, 6)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_evaluation_is_qat_at_the_most_probable_widths(symmetric):
+    transform = bit_search(3.0, WIDTHS, 6, symmetric=symmetric)
     f, params, x, *_ = PROGRAMS["two"]
     extra, state = init(f, transform, params, x)
     extra = {"logits": {"a/kernel": jnp.array([0, 1.0, 0]), "b/kernel": jnp.array([1.0, 0, 0])}}
     chosen = {"a/kernel": 4, "b/kernel": 2}
-    plain = qat(8, 6, rules=by_leaf(chosen, 6))
+    plain = qat(8, 6, rules=by_leaf(chosen, 6), symmetric=symmetric)
     own = init(f, plain, params, x)[1]
     np.testing.assert_array_equal(
         run(f, transform, params, x, extra, state, train=False),
@@ -70,6 +71,27 @@ def test_evaluation_is_qat_at_the_most_probable_widths():
     facts = transform.describe(params, extra, state)
     assert {path: fact["weight_bits"] for path, fact in facts.items()} == chosen
     assert all(fact["act_bits"] == 6 for fact in facts.values())
+    assert ("form" in state) == (not symmetric)
+
+
+def test_a_layers_width_may_be_that_of_both_operands():
+    transform = bit_search(3.0, WIDTHS, "same", draw="softmax")
+    params = {"kernel": SQUARE}
+    extra, state = init(linear, transform, params, X)
+    extra = {"logits": {"kernel": jnp.array([0.5, 1.0, -1.0])}}
+    p = jax.nn.softmax(extra["logits"]["kernel"])
+
+    def mixture(x, axes):
+        return sum(share * lowbit.rounded(x, b, axes) for share, b in zip(p, WIDTHS, strict=True))
+
+    wanted = mixture(X, ()) @ mixture(SQUARE, (1,))
+    np.testing.assert_allclose(run(linear, transform, params, X, extra, state), wanted, rtol=1e-4)
+    evaluated = run(linear, transform, params, X, extra, state, train=False)
+    np.testing.assert_allclose(
+        evaluated, lowbit.rounded(X, 4) @ lowbit.rounded(SQUARE, 4, (1,)), rtol=1e-5
+    )
+    [fact] = transform.describe(params, extra, state).values()
+    assert (fact["weight_bits"], fact["act_bits"]) == (4, 4)
 
 
 def test_gumbel_draws_one_width_at_low_temperature_as_often_as_it_is_probable():
@@ -209,6 +231,8 @@ def test_traced_settings_share_one_program():
         ({"draw": "lots"}, SetupError, "'lots'"),
         ({"temperature": 0.0}, ScheduleError, "temperature is 0.0"),
         ({"activations": 1}, SetupError, "1 bits"),
+        ({"activations": "alike"}, SetupError, "'alike'"),
+        ({"activations": "same", "widths": (1, 2)}, SetupError, "1 bits"),
     ],
 )
 def test_wrong_settings(kwargs, error, message):
