@@ -24,7 +24,7 @@ Learning rates were chosen with one seed and no search; the test set is used at 
 training and before it, and chooses nothing.
 
 Command: python -m experiments mixed_precision
-Cost: 15 minutes on 2 CPU cores (39 trainings).
+Cost: 5 minutes on 2 CPU cores that others share (39 trainings).
 
 Papers: Dong et al., "HAWQ-V2", 2020, https://arxiv.org/abs/1911.03852; Cai and Vasconcelos,
 "Rethinking differentiable search for mixed-precision neural networks", 2020,
