@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from effjax.core import Forward, PyTree, Setup
 from effjax.errors import SetupError, SiteError
@@ -16,6 +17,7 @@ from effjax.sites import Analysis, Site, analyze_model
 
 EMBEDDINGS = r"(^|/)embedding$"
 
+Residuals = Literal["rounded", "float"]
 Weight = Callable[[Operation, Array, numerics.Bits], tuple[Array, PyTree]]
 Activation = Callable[[Operation, Array, numerics.Bits, str], tuple[Array, PyTree]]
 
@@ -76,6 +78,7 @@ def round_sites(
     given: Mapping[str, PyTree] | None = None,
     shared: Mapping[str, PyTree] | None = None,
     result: Callable[[Operation, Array], Array] | None = None,
+    residuals: Residuals = "rounded",
 ) -> Callable[..., tuple[PyTree, PyTree, dict[str, PyTree], dict[str, Array]]]:
     """A forward pass with the operands of the chosen sites exchanged.
 
@@ -89,6 +92,7 @@ def round_sites(
       strict: whether a site that was not there at `init` is an error.
       given, shared: see `intercept`.
       result: what becomes of the operation's result.
+      residuals: see `qat`.
 
     Returns:
       `(params, model_state, batch, key, train) -> (outputs, model_state, aux, seen)`, `seen` being
@@ -106,6 +110,8 @@ def round_sites(
             operands[i], found = activation(op, operands[i], bits.activations, name)
             seen |= found
         out = op.run(*operands)
+        if residuals == "float":
+            out = numerics.straight_through(_at_float(op, operands), out, jnp.asarray(True))
         return (out if result is None else result(op, out)), seen
 
     def choose(site: Site) -> Handler | None:
@@ -126,6 +132,17 @@ def round_sites(
         return outputs, model_state, aux, seen
 
     return rounded
+
+
+def _at_float(op: Operation, rounded: Sequence[Array]) -> Array:
+    """The operation at its operands as they were, which get the gradients of the rounded ones. Only
+    its derivative is used: compiled, the operation itself is gone."""
+    pairs = zip(rounded, op.operands, strict=True)
+    passed = (
+        x if q is x else numerics.straight_through(q, lax.stop_gradient(x), jnp.asarray(True))
+        for q, x in pairs
+    )
+    return op.run(*passed)
 
 
 def _scales(site: Site, per_channel: bool, tile: int | None) -> int:

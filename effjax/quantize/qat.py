@@ -12,7 +12,7 @@ from effjax.core import Ctx, Forward, Metrics, PyTree, Setup, Transform, Vars
 from effjax.errors import SetupError
 from effjax.interpret import Operation
 from effjax.quantize import engine, levels, lowbit, numerics
-from effjax.quantize.backward import round_gradient, stochastic
+from effjax.quantize.backward import Small, check_gradients, round_gradient, stochastic
 from effjax.quantize.numerics import Grid
 from effjax.quantize.operands import layer_numbers, own_key
 from effjax.quantize.rules import Bits
@@ -37,7 +37,8 @@ def qat(
     tile: int | None = None,
     clipped: bool | None = None,
     rounding: Literal["nearest", "stochastic"] = "nearest",
-    gradients: numerics.Bits | None = None,
+    gradients: numerics.Bits | Small | None = None,
+    residuals: engine.Residuals = "rounded",
     freeze: int | Array | None = None,
 ) -> Transform:
     """Quantization-aware training of weights and activations, at the model's sites.
@@ -97,7 +98,13 @@ def qat(
         activations alike, so that values are right on average; evaluation rounds to nearest.
       gradients: bits, 2..8, of the gradient that flows back into each operation, rounded
         stochastically with one scale for each example; then both products of the backward pass
-        have integers for operands. Forward-mode derivatives are not possible then.
+        have integers for operands. Or "e4m3" or "e5m2", the 8-bit floats. Forward-mode derivatives
+        are not possible then.
+      residuals: at which operands an operation's gradients are taken. "rounded": at those that it
+        multiplied, dw = q(x)·g and dx = g·q(w), the derivative of what was computed, in which
+        nothing but integers need be kept. "float": at the operands as they were, dw = x·g and dx =
+        g·w, as qwix's dots do by default (`use_original_residuals`; its convolutions never). What
+        is clipped gets gradient 0 in both.
       freeze: the first step from which static ranges stay as they are. May be traced.
 
     State: {"scales": {site: number of weight scales}}, and with static ranges {"ranges", "count"}
@@ -109,9 +116,9 @@ def qat(
     those without.
 
     Raises:
-      SetupError: bits outside 2..8 (weights: 1..8) and below 16, an unknown kind of ranges or
-        rounding, per_token with static ranges, freeze with dynamic ones; a tile that does not
-        divide its axis (at `init`).
+      SetupError: bits outside 2..8 (weights: 1..8) and below 16, an unknown kind of ranges,
+        rounding, gradients or residuals, per_token with static ranges, freeze with dynamic ones; a
+        tile that does not divide its axis (at `init`).
       ScheduleError: decay outside [0, 1).
       SelectorError: `select`, a rule, `embeddings` or `products` matches nothing (at `init`).
       SiteError: a selected weight reaches no operation, or lies in a function with a custom
@@ -146,7 +153,9 @@ def qat(
             f"weights of one bit have a scale for each channel, not in tiles of {tile}."
         )
     if gradients is not None:
-        numerics.check_bits(gradients, "gradients of qat()")
+        check_gradients(gradients, "qat")
+    if residuals not in ("rounded", "float"):
+        raise SetupError(f"residuals are {residuals!r}; they are 'rounded' or 'float'.")
     random = rounding == "stochastic" or gradients is not None
     clips = static if clipped is None else clipped
     frozen = freeze is not None
@@ -255,14 +264,15 @@ def qat(
 
         def result(op: Operation, out: Array) -> Array:
             batch = (0,) if op.site.weight == 1 else ()
-            return round_gradient(out, op.shared["gradients"], own_key(op, 2), batch)
+            bits = gradients if isinstance(gradients, str) else op.shared["gradients"]
+            return round_gradient(out, bits, own_key(op, 2), batch)
 
         shared: dict[str, Any] = {"step": ctx.step, "start": start, "decay": decay}
         if frozen:
             shared["freeze"] = freeze
         if random:
             shared["key"] = ctx.key
-        if gradients is not None:
+        if gradients is not None and not isinstance(gradients, str):
             shared["gradients"] = jnp.asarray(gradients, jnp.int32)
         rounded = engine.round_sites(
             forward,
@@ -275,6 +285,7 @@ def qat(
             given=_by_site(state) if static or random else None,
             shared=shared,
             result=result if ctx.train and gradients is not None else None,
+            residuals=residuals,
         )
 
         def quantized(params, model_state, batch, key, train):

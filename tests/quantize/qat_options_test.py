@@ -172,6 +172,86 @@ def test_the_backward_pass_of_a_site_sees_rounded_gradients_alone():
     assert np.any(np.abs(rounded - up) > 0.01)
 
 
+@pytest.mark.parametrize(("kind", "largest"), [("e4m3", 448.0), ("e5m2", 57344.0)])
+def test_gradients_in_8_bit_floats_are_in_the_format_and_right_on_average(kind, largest):
+    """The first is the format's largest number, so that the scale is 1."""
+    small = largest * 2.0 ** -jnp.arange(1.0, 40.0) * 1.1  # below the smallest, too
+    up = jnp.concatenate([jnp.array([largest, 0.0, -3.3, 0.7]), small])
+
+    @jax.jit
+    def back(key):
+        return jax.vjp(lambda y: round_gradient(y, kind, key), jnp.zeros(up.shape))[1](up)[0]
+
+    draws = jax.vmap(back)(jax.random.split(KEY, 500))
+    dtype = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}[kind]
+    np.testing.assert_array_equal(draws.astype(dtype).astype(jnp.float32), draws)
+    np.testing.assert_array_equal(draws[:, :2], jnp.broadcast_to(up[:2], (500, 2)))
+    least = float(jnp.finfo(dtype).smallest_subnormal)
+    apart = jnp.maximum(jnp.abs(up) * 2.0 ** -jnp.finfo(dtype).nmant, least)
+    assert np.all(np.abs(draws - up) <= apart)  # one of the two neighbours
+    assert np.all(np.abs(draws.mean(axis=0) - up) < 0.1 * apart)
+    assert np.all(draws.std(axis=0)[2:6] > 0)
+
+
+def test_scales_of_8_bit_float_gradients_are_each_examples():
+    up = jnp.array([[448.0, 1.0], [4.48e-6, 1e-8]])
+    back = jax.vjp(lambda y: round_gradient(y, "e4m3", KEY, (0,)), jnp.zeros((2, 2)))[1](up)[0]
+    np.testing.assert_allclose(back[:, 0], up[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(back[:, 1], up[:, 1], rtol=0.15)
+
+
+@pytest.mark.parametrize("gradients", ["e4m3", "e5m2"])
+def test_the_backward_pass_in_8_bit_floats_trains(gradients):
+    transform = ej.chain(q=qat(8, 8, gradients=gradients))
+    model, tx = nets.linen(), optax.adam(1e-2)
+    state = ej.init_state(KEY, model, transform, tx, nets.BATCH)
+    step = jax.jit(ej.make_step(model.apply, transform, nets.loss, tx))
+    losses = []
+    for _ in range(10):
+        state, metrics = step(state, nets.BATCH)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_residuals_by_hand():
+    """x is clipped at 1, where the gradient is 0 whatever is kept."""
+    params = {"kernel": SQUARE}
+    up = normal(8, 4)
+
+    def gradients(residuals):
+        transform = qat(2, 3, ranges="static", residuals=residuals)
+        state = init(linear, transform, params, X)
+        state |= {"ranges": {"kernel": jnp.float32(1.0)}, "count": {"kernel": jnp.int32(1)}}
+
+        def objective(params, x):
+            outputs, _ = run(linear, transform, params, x, state, train=False)
+            return (outputs * up).sum(), outputs
+
+        (dw, dx), outputs = jax.grad(objective, argnums=(0, 1), has_aux=True)(params, X)
+        return dw["kernel"], dx, outputs
+
+    g, one = numerics.grid(3), jnp.ones((1, 1))
+    q = numerics.fake_quant(X, numerics.scale_of(one, g), g)
+    w = ej.quantize.lowbit.rounded(SQUARE, 2, (1,))
+    inside = jnp.abs(X) <= 1.0
+    assert not inside.all()
+    rounded, plain = gradients("rounded"), gradients("float")
+    np.testing.assert_array_equal(rounded[2], plain[2])  # the same values
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    np.testing.assert_allclose(rounded[0], q.T @ up, **close)
+    np.testing.assert_allclose(plain[0], X.T @ up, **close)
+    np.testing.assert_allclose(rounded[1], jnp.where(inside, up @ w.T, 0), **close)
+    np.testing.assert_allclose(plain[1], jnp.where(inside, up @ SQUARE.T, 0), **close)
+
+
+@pytest.mark.parametrize("name", ["scan of layers", "embedding", "rnn"])
+def test_residuals_leave_the_values_of_every_kind_of_site(name):
+    f, params, x, *_ = PROGRAMS[name]
+    given = {"select": r"(kernel|embedding)$", "embeddings": True} if name == "embedding" else {}
+    values = [run(f, qat(3, 4, residuals=r, **given), params, x)[0] for r in ("rounded", "float")]
+    jax.tree.map(np.testing.assert_array_equal, *values)
+
+
 def test_frozen_ranges_stay():
     transform = qat(8, 8, ranges="static", freeze=2)
     params = {"kernel": SQUARE}
@@ -231,6 +311,8 @@ def test_ranges_between_two_ends_give_no_gradient_to_them():
         ({"tile": 0}, "tile is 0"),
         ({"tile": 2, "weights": 1}, "one bit"),
         ({"gradients": 1}, "gradients of qat.* has 1 bits"),
+        ({"gradients": "e3m4"}, "gradients of qat.*'e3m4'"),
+        ({"residuals": "none"}, "residuals are 'none'"),
     ],
 )
 def test_wrong_settings(kwargs, message):

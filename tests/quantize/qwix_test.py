@@ -69,9 +69,9 @@ def model(request):
     return module, variables["params"], batch
 
 
-def started(model, tx):
+def started(model, tx, **options):
     module, params, batch = model
-    ours, transform = ej.from_linen(module), ej.chain(quant=ej.quantize.qat())
+    ours, transform = ej.from_linen(module), ej.chain(quant=ej.quantize.qat(**options))
     state = ej.init_state(
         jax.random.key(0), ours, transform, tx, batch, params=params, model_state={}
     )
@@ -90,20 +90,42 @@ def test_the_integer_program_is_qwix_in_integers(model):
     assert np.abs(plain - theirs).max() > 1e-3  # qwix did quantize
 
 
-def test_gradients_are_qwix_with_rounded_residuals(model):
-    """Plain gradient descent at rate 1 moves the weights by their gradient."""
+@pytest.mark.parametrize("residuals", ["rounded", "float"])
+def test_gradients_are_qwix_with_the_same_residuals(model, residuals):
+    """Plain gradient descent at rate 1 moves the weights by their gradient.
+
+    qwix's convolutions know rounded residuals only: of a network with them, what its last layer
+    gets is compared under the other choice, which nothing but its own residuals decides."""
     module, params, batch = model
     tx = optax.sgd(1.0)
-    ours, transform, state = started(model, tx)
+    ours, transform, state = started(model, tx, residuals=residuals)
     after, metrics = jax.jit(ej.make_step(ours.apply, transform, loss, tx))(state, batch)
-    rounded = provided(module, use_original_residuals=False)
 
-    def objective(params):
-        return loss(rounded.apply({"params": params}, batch["image"]), batch)
+    def gradients(original):
+        theirs = provided(module, use_original_residuals=original)
 
-    value, grads = jax.value_and_grad(objective)(params)
+        def objective(params):
+            return loss(theirs.apply({"params": params}, batch["image"]), batch)
+
+        return jax.value_and_grad(objective)(params)
+
+    value, grads = gradients(residuals == "float")
+    _, others = gradients(residuals != "float")
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
-    for path, grad in ej.select.leaves(grads).items():
+    asked = "^head/" if residuals == "float" and "first" in params else ""
+    for path, grad in ej.select.select(grads, asked).items():
         moved = ej.select.leaves(params)[path] - ej.select.leaves(after.vars.model)[path]
         # Differences of weights have the weights' rounding.
         np.testing.assert_allclose(moved, grad, rtol=1e-4, atol=1e-4 * np.abs(grad).max())
+    apart = jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(a).max(), grads, others)
+    assert max(jax.tree.leaves(apart)) > 1e-3  # the choice makes a difference
+
+
+def test_qwix_keeps_float_residuals_by_default(model):
+    module, params, batch = model
+
+    def gradient(module):
+        return jax.grad(lambda p: loss(module.apply({"params": p}, batch["image"]), batch))(params)
+
+    ours = gradient(provided(module, use_original_residuals=True))
+    jax.tree.map(np.testing.assert_array_equal, gradient(provided(module)), ours)
