@@ -2,27 +2,41 @@
 
 from effjax.nas.dimensions import Choice, Float, Integer, Repeat, When
 from effjax.nas.groups import WidthSpace, width_space
-from effjax.nas.search import Evolution, LocalSearch, RandomSearch, Search, Strategy, Trial
+from effjax.nas.optuna_search import ASHA, NSGA2, TPE, Hyperband
+from effjax.nas.predictor import PredictorSearch
+from effjax.nas.search import Search, Stopper, Strategy, Trial
 from effjax.nas.space import Space
+from effjax.nas.strategies import Evolution, LocalSearch, RandomSearch
 from effjax.nas.subnet import make_recalibrate, subnet
+from effjax.nas.tabular import Oracle, Table, nasbench201, trace
 from effjax.nas.width import width
 
 __all__ = [
+    "ASHA",
+    "NSGA2",
+    "TPE",
     "Choice",
     "Evolution",
     "Float",
+    "Hyperband",
     "Integer",
     "LocalSearch",
+    "Oracle",
+    "PredictorSearch",
     "RandomSearch",
     "Repeat",
     "Search",
     "Space",
+    "Stopper",
     "Strategy",
+    "Table",
     "Trial",
     "When",
     "WidthSpace",
     "make_recalibrate",
+    "nasbench201",
     "subnet",
+    "trace",
     "width",
     "width_space",
 ]

