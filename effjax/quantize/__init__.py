@@ -8,8 +8,9 @@ from effjax.quantize.budget import Allocation, allocate, bit_costs
 from effjax.quantize.fold import fold_batchnorm, folded
 from effjax.quantize.hessian import Trace, hessian_traces, objective_of
 from effjax.quantize.integer import Integer, integer
-from effjax.quantize.learned import lsq, lsq_plus, pact
+from effjax.quantize.learned import lsq, lsq_plus
 from effjax.quantize.noise import quant_noise
+from effjax.quantize.pact import pact
 from effjax.quantize.qat import qat
 from effjax.quantize.rules import Bits, by_leaf
 from effjax.quantize.sensitivity import drop_one, hawq, rounding_errors
