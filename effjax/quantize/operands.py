@@ -4,9 +4,7 @@ What they learn (steps, offsets, bounds) is trained in `extra`, and begins at va
 first training step: its weights as they meet data, and its activations.
 """
 
-import math
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +15,7 @@ from effjax.core import Ctx, Forward, Metrics, PyTree, Setup, Transform, Vars
 from effjax.interpret import Operation
 from effjax.quantize import engine
 from effjax.quantize.backward import round_gradient
+from effjax.quantize.keys import layer_numbers, own_key
 from effjax.quantize.numerics import Bits
 from effjax.quantize.rules import Rules, is_float
 from effjax.schedules import Scalar
@@ -273,18 +272,6 @@ def transform_of(
         describe=describe,
         kind="quantize",
     )
-
-
-def layer_numbers(sites: Sequence[Site]) -> dict[str, Array]:
-    """A number for each layer of each site, for keys of their own."""
-    sizes = {site.path: (math.prod(site.stack), site.stack) for site in sites}
-    return {p: lax.iota(jnp.int32, size).reshape(stack) for p, (size, stack) in sizes.items()}
-
-
-def own_key(op: Operation, number: int) -> Array:
-    """A key for one operand of a site, layer and step, from the shared "key"."""
-    label = zlib.crc32(f"{op.site.path} {number}".encode())
-    return jax.random.fold_in(jax.random.fold_in(op.shared["key"], label), op.given["layer"])
 
 
 def _role(name: str, site: Site) -> tuple[str, str, str]:

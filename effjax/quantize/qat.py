@@ -1,7 +1,6 @@
 """Quantization-aware training: the operands of the model's operations are rounded to integer grids
 while it trains, so that it can be shipped in integers."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,8 +12,9 @@ from effjax.errors import SetupError
 from effjax.interpret import Operation
 from effjax.quantize import engine, levels, lowbit, numerics
 from effjax.quantize.backward import Small, check_gradients, round_gradient, stochastic
+from effjax.quantize.keys import layer_numbers, own_key
 from effjax.quantize.numerics import Grid
-from effjax.quantize.operands import layer_numbers, own_key
+from effjax.quantize.ranges import LOW, by_site, observe
 from effjax.quantize.rules import Bits
 from effjax.schedules import check_fraction, is_traced
 from effjax.select import KERNELS
@@ -216,7 +216,7 @@ def qat(
                 stored, count = op.given[name]
                 found = list(stored)
                 if ctx.train:
-                    moved, learnt = _observe(stored, count, most, op.shared["decay"])
+                    moved, learnt = observe(stored, count, most, op.shared["decay"])
                     held = op.shared["step"] >= op.shared["freeze"] if frozen else False
                     found = [jnp.where(held, a, b) for a, b in zip(stored, moved, strict=True)]
                     count = jnp.where(held, count, learnt)
@@ -282,7 +282,7 @@ def qat(
             known=[*state["scales"], *state["tables"]],
             train=ctx.train,
             strict=static or random,
-            given=_by_site(state) if static or random else None,
+            given=by_site(state) if static or random else None,
             shared=shared,
             result=result if ctx.train and gradients is not None else None,
             residuals=residuals,
@@ -306,7 +306,7 @@ def qat(
         after: dict[str, dict[str, Array]] = {n: dict(state[n]) for n in (*kinds, "count")}
         for name in aux["ranges"]:
             stored, seen = ([tree[kind][name] for kind in kinds] for tree in (state, aux))
-            moved, count = _observe(stored, state["count"][name], seen, decay)
+            moved, count = observe(stored, state["count"][name], seen, decay)
             if frozen:
                 held = ctx.step >= freeze
                 moved = [jnp.where(held, a, b) for a, b in zip(stored, moved, strict=True)]
@@ -334,9 +334,6 @@ def qat(
     )
 
 
-LOW = " low"
-
-
 def is_one(bits: numerics.Bits) -> bool:
     """Whether a width is known to be one bit."""
     return not is_traced(bits) and int(bits) == 1
@@ -344,32 +341,3 @@ def is_one(bits: numerics.Bits) -> bool:
 
 def _operand(inputs: dict[int, str], name: str) -> int:
     return next(i for i, own in inputs.items() if own == name)
-
-
-def _observe(
-    averages: Sequence[Array], count: Array, seen: Sequence[Array], decay: float | Array
-) -> tuple[list[Array], Array]:
-    """One step of a moving average, of each end of a range, corrected for its bias.
-
-    average_n = sum_i d^(n-i) x_i / sum_i d^(n-i), computed as a step of size (1 - d) / (1 - d^n).
-    Nothing is learnt from zeros (a branch that did not run) and from numbers that are not finite.
-    """
-    n, d = count + 1, jnp.asarray(decay, jnp.float32)
-    share = (1 - d) / (1 - d ** n.astype(jnp.float32))
-    learnt = functools.reduce(jnp.logical_or, [x > 0 for x in seen])
-    learnt &= functools.reduce(jnp.logical_and, [jnp.isfinite(x) for x in seen])
-    moved = [a + share * (x - a) for a, x in zip(averages, seen, strict=True)]
-    kept = [jnp.where(learnt, a, b) for a, b in zip(moved, averages, strict=True)]
-    return kept, jnp.where(learnt, n, count)
-
-
-def _by_site(state: PyTree) -> dict[str, dict[str, Any]]:
-    """The ranges and counts, and layers' numbers, under their sites' paths for the handlers."""
-    kinds = [state[kind] for kind in ("ranges", "lows") if kind in state]
-    found: dict[str, dict[str, Any]] = {}
-    for path in (*state["scales"], *state["tables"]):
-        own = [n for n in (path, f"{path}/lhs", f"{path}/rhs") if n in state.get("count", {})]
-        found[path] = {n: ([kind[n] for kind in kinds], state["count"][n]) for n in own}
-        if "layer" in state:
-            found[path]["layer"] = state["layer"][path]
-    return found
