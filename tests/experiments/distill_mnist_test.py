@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from experiments import distill_mnist
-from experiments.distill_mnist import ALONE, DISTILLED, TEACHER, Config, bounded_norm
+from experiments.distill_mnist import ARMS, Config, bounded_norm
 from experiments.models import mlp
 
 
@@ -16,7 +16,7 @@ def test_a_small_run_counts_errors_and_goes_on_without_training(tmp_path, monkey
     sizes = {"teacher": (256, 256), "student": (32,), "epochs": 25, "batch": 32}
     config = Config(seeds=1, dataset="digits", shift=0, learning_rate=3e-3, save=False, **sizes)
     found = distill_mnist.run(config)
-    assert list(found) == [TEACHER, ALONE, DISTILLED]
+    assert list(found) == list(ARMS)
     assert all(0 < errors < 90 for errors in found.values())  # of 360; guessing makes 324
     logs = sorted(tmp_path.glob("*/*/*/metrics.jsonl"))
     before = [p.read_bytes() for p in logs]
