@@ -6,7 +6,7 @@ from jax import Array
 
 from effjax.augment.images import Operation, check_probability
 from effjax.errors import SetupError
-from effjax.schedules import Scalar
+from effjax.schedules import Scalar, is_traced
 
 
 def erasing(
@@ -52,6 +52,46 @@ def erasing(
         rows, columns = (
             (jnp.arange(n) >= start[i]) & (jnp.arange(n) < start[i] + lengths[i])
             for i, n in enumerate((height, width))
+        )
+        inside = (rows[:, None] & columns[None, :])[..., None]
+        gone = inside & jax.random.bernoulli(chance, probability)
+        return jnp.where(gone, jnp.asarray(fill, image.dtype), image)
+
+    return apply
+
+
+def cutout(size: Scalar, probability: Scalar = 1.0, fill: Scalar = 0.0) -> Operation:
+    """A square of the image is filled; its middle is uniform, what lies outside is cut off.
+
+    Args:
+      size: the square's side in pixels, perhaps traced; the paper has 16 for CIFAR-10 and 8 for
+        CIFAR-100, with flips and crops.
+      probability: in [0, 1], perhaps traced; the paper's is 1.
+      fill: the value, 0 being the mean of standardized images.
+
+    Raises:
+      SetupError: a negative size.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> image = cutout(8)(jax.random.key(0), jnp.ones((4, 4, 1)))
+      >>> bool((image == 0).any())
+      True
+
+    Reference: DeVries and Taylor, "Improved regularization of convolutional neural networks with
+    cutout", 2017, https://arxiv.org/abs/1708.04552.
+    """
+    check_probability(probability, "cutout")
+    if not is_traced(size) and size < 0:
+        raise SetupError(f"cutout({size}): give the side of the square, 0 pixels or more.")
+
+    def apply(key: Array, image: Array) -> Array:
+        chance, place = jax.random.split(key)
+        sides = jnp.array(image.shape[:2])
+        start = jax.random.randint(place, (2,), 0, sides) - jnp.asarray(size) // 2
+        rows, columns = (
+            (jnp.arange(n) >= start[i]) & (jnp.arange(n) < start[i] + size)
+            for i, n in enumerate(image.shape[:2])
         )
         inside = (rows[:, None] & columns[None, :])[..., None]
         gone = inside & jax.random.bernoulli(chance, probability)

@@ -33,7 +33,7 @@ def flip(probability: Scalar = 0.5) -> Operation:
 def translate(pixels: int, border: Border = "reflect") -> Operation:
     """Shifts by a whole number of pixels in -pixels .. pixels along each axis, uniformly.
 
-    The same as a random crop of the padded image ("crop with padding 4" is `translate(4, "zero")`).
+    The same as a random crop of the padded image; see `crop`.
 
     Args:
       pixels: the largest shift.
@@ -64,3 +64,28 @@ def translate(pixels: int, border: Border = "reflect") -> Operation:
         return lax.dynamic_slice(padded, (y, x, 0), image.shape)
 
     return apply
+
+
+def crop(padding: int = 4, border: Border = "zero") -> Operation:
+    """A crop of the image's own size, anywhere in the image padded on all sides, uniformly.
+
+    The usual "random crop with padding" of CIFAR-10; the same as `translate(padding, border)`.
+
+    Args:
+      padding: pixels added on each side.
+      border: what they are: zeros (the mean of standardized images), the nearest pixel ("edge"),
+        or the image mirrored at its border pixel ("reflect").
+
+    Raises:
+      SetupError: a negative padding or an unknown border; when traced, a reflection of more pixels
+        than an image has.
+
+    Reference: He et al., "Deep residual learning for image recognition", 2016,
+    https://arxiv.org/abs/1512.03385, section 4.2.
+    """
+    if padding < 0 or border not in _MODES:
+        raise SetupError(
+            f"crop({padding}, {border!r}): give a padding of 0 pixels or more, and a border of "
+            f"{list(_MODES)}."
+        )
+    return translate(padding, border)

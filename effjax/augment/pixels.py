@@ -107,22 +107,31 @@ def posterise(levels: Array, bits: Scalar) -> Array:
 
 
 def equalise(levels: Array) -> Array:
-    """Makes each channel's histogram as flat as a map of whole levels to whole levels can.
+    """Makes each channel's histogram as flat as a map of whole levels to whole levels can."""
+    channels = levels.shape[-1]
+    whole = jnp.round(levels).astype(jnp.int32).reshape(-1, channels)
+    table = flattening(whole)
+    return table[jnp.arange(channels), whole].astype(levels.dtype).reshape(levels.shape)
+
+
+def flattening(whole: Array) -> Array:
+    """The map of `equalise`: int32 [channels, 256] for whole levels int32 [pixels, channels].
 
     A level goes to (step/2 + the number of pixels below it) / step, in integers, where step is the
     number of pixels that are not at the channel's highest level over 255; a channel for which it is
     0 stays.
     """
-    height, width, channels = levels.shape
-    whole = jnp.round(levels).astype(jnp.int32).reshape(-1, channels)
-    counts = jnp.zeros((channels, 256), jnp.int32).at[jnp.arange(channels), whole].add(1)
-    highest = whole.max(0)
-    at_highest = jnp.take_along_axis(counts, highest[:, None], 1)[:, 0]
-    step = ((height * width - at_highest) // 255)[:, None]
+    pixels, channels = whole.shape
+    # One scatter into all channels: the fastest of what was tried on CPU (sorting takes ten times
+    # as long, sums of one-hot vectors a hundred times).
+    bins = (whole + 256 * jnp.arange(channels)).reshape(-1)
+    counts = jnp.zeros(256 * channels, jnp.int32).at[bins].add(1, mode="promise_in_bounds")
+    counts = counts.reshape(channels, 256)
+    at_highest = jnp.take_along_axis(counts, whole.max(0)[:, None], 1)
+    step = (pixels - at_highest) // 255
     below = jnp.cumsum(counts, 1) - counts
     table = jnp.minimum((below + step // 2) // jnp.maximum(step, 1), 255)
-    table = jnp.where(step == 0, jnp.arange(256), table)
-    return table[jnp.arange(channels), whole].astype(levels.dtype).reshape(levels.shape)
+    return jnp.where(step == 0, jnp.arange(256), table)
 
 
 def check_bounds(bounds: Bounds) -> None:
