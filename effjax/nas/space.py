@@ -160,7 +160,9 @@ class Space:
                 edges = below.astype(np.float32)
                 drawn = jnp.sum(u[..., gene, None] >= edges, axis=-1, dtype=jnp.int32)
                 genes = genes.at[..., gene].set(drawn)
-        return genes
+        # XLA's CPU backend would otherwise draw the random numbers again for each gene that asks
+        # whether another is active: eight times slower.
+        return jax.lax.optimization_barrier(genes)
 
     def _canonical(self, genes: Array) -> Array:
         if all(parent is None for parent in self.parents):
@@ -208,6 +210,7 @@ class Space:
             others = self._counts - 1
             move = jnp.minimum((u[1][..., None] * others).astype(jnp.int32), others - 1) + 1
             moved = jnp.where(chosen, (genes + move) % self._counts, genes)
+            old, moved = jax.lax.optimization_barrier((old, moved))
             if all(parent is None for parent in self.parents):
                 return moved
             fresh = self._independent(jax.random.fold_in(key, 1), genes.shape[:-1])
