@@ -4,8 +4,9 @@ The teacher has two hidden layers of 1200 units and is trained with dropout (0.2
 of the hidden units), a bound on the norm of each unit's weights, and images moved by up to two
 pixels. The student has two of 800 units and no regularisation, and sees the images as they are:
 alone with the labels, and with the teacher's softened outputs at temperature 20 as well. What the
-teacher knows of moved images reaches the student through these outputs alone. A fourth arm, which is not
-the paper's, distils with the teacher's moved images: augmentation and distillation in one step.
+teacher knows of moved images reaches the student through these outputs alone. A fourth arm, which
+is not in the paper, distils with the teacher's moved images: augmentation and distillation in one
+step.
 
 Published test errors (of 10,000): teacher 67, student alone 146, student distilled 74.
 
