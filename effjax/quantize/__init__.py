@@ -1,16 +1,18 @@
 """Quantization: values on small integer grids, in training and after it."""
 
-from effjax.quantize import numerics
+from effjax.quantize import estimators, numerics
 from effjax.quantize.anneal import soft_to_hard
 from effjax.quantize.binary import binary, dorefa, ternary
 from effjax.quantize.bitsearch import bit_search, within
 from effjax.quantize.budget import Allocation, allocate, bit_costs
+from effjax.quantize.calibrate import calibrate
 from effjax.quantize.fold import fold_batchnorm, folded
 from effjax.quantize.hessian import Trace, hessian_traces, objective_of
 from effjax.quantize.integer import Integer, integer
 from effjax.quantize.learned import lsq, lsq_plus
 from effjax.quantize.noise import quant_noise
 from effjax.quantize.pact import pact
+from effjax.quantize.ptq import Quantized, ptq
 from effjax.quantize.qat import qat
 from effjax.quantize.rules import Bits, by_leaf
 from effjax.quantize.sensitivity import drop_one, hawq, rounding_errors
@@ -19,14 +21,17 @@ __all__ = [
     "Allocation",
     "Bits",
     "Integer",
+    "Quantized",
     "Trace",
     "allocate",
     "binary",
     "bit_costs",
     "bit_search",
     "by_leaf",
+    "calibrate",
     "dorefa",
     "drop_one",
+    "estimators",
     "fold_batchnorm",
     "folded",
     "hawq",
@@ -37,6 +42,7 @@ __all__ = [
     "numerics",
     "objective_of",
     "pact",
+    "ptq",
     "qat",
     "quant_noise",
     "rounding_errors",
