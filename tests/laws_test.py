@@ -6,6 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -89,6 +90,15 @@ TRANSFORMS = {
     "augment": lambda model: ej.augment.images(
         ej.augment.flip(), ej.augment.translate(2), ej.augment.erasing()
     ),
+    "randaugment": lambda model: ej.augment.images(ej.augment.randaugment(bounds=(-4, 4))),
+    "autoaugment": lambda model: ej.augment.images(ej.augment.autoaugment(bounds=(-4, 4))),
+    "trivialaugment": lambda model: ej.augment.images(ej.augment.trivialaugment(bounds=(-4, 4))),
+    "augmix": lambda model: ej.augment.images(ej.augment.augmix(depth=1, bounds=(-4, 4))),
+    "mixup": lambda model: ej.augment.mixup(classes=8),
+    "cutmix": lambda model: ej.augment.cutmix(classes=8),
+    "tokens": lambda model: ej.augment.tokens(
+        ej.augment.token_dropout(0.2, mask=0), ej.augment.swap(2), ej.augment.span_mask(0.1, mask=0)
+    ),
 }
 
 
@@ -106,7 +116,10 @@ def teacher():
 
 
 def batch_of(transforms):
-    """The batch, with a cache's rows where one of the transforms reads them."""
+    """The batch, with a cache's rows or tokens where one of the transforms reads them."""
+    if "tokens" in transforms:
+        tokens = np.random.default_rng(4).integers(1, 9, (24, 64)).astype(np.int32)
+        return {**nets.BATCH, "tokens": tokens}
     if "cached" not in transforms:
         return nets.BATCH
     values, indices = jax.lax.top_k(jax.random.normal(jax.random.key(3), (24, 8)), 3)
@@ -117,21 +130,44 @@ def model_of(transforms, model):
     """The model and its loss; two peers of it where they teach each other."""
     if "mutual" in transforms:
         return ej.distill.peers(model, model), ej.distill.each(nets.loss)
-    return model, nets.loss
+    if "tokens" in transforms:
+        return reading(model), nets.loss
+    return model, soft if {"mixup", "cutmix"} & {*transforms} else nets.loss
+
+
+def reading(model):
+    """The model on tokens, 64 of them as its 8 x 8 image."""
+
+    def seen(batch):
+        return {**batch, "image": batch["tokens"].reshape(-1, 8, 8, 1) / 4 - 1}
+
+    def apply(params, state, batch, key, train):
+        return model.apply(params, state, seen(batch), key, train)
+
+    return ej.Model(lambda key, batch: model.init(key, seen(batch)), apply)
+
+
+def soft(outputs, batch):
+    """The loss of labels that are probabilities, as mixing makes them in training."""
+    label = batch["label"]
+    if label.ndim == 1:
+        label = jax.nn.one_hot(label, outputs.shape[-1])
+    return optax.softmax_cross_entropy(outputs, label).mean()
 
 
 def case(model, **transforms):
     chained = ej.chain(**{name: make(model) for name, make in transforms.items()})
     frozen = {name: teacher() for name in transforms if name in TAUGHT} or None
     net, loss = model_of(transforms, MODELS[model]())
-    params, _ = jax.eval_shape(net.init, jax.random.key(0), nets.BATCH)
+    batch = batch_of(transforms)
+    params, _ = jax.eval_shape(net.init, jax.random.key(0), batch)
     rules = [
         (f"^{path}$", PartitionSpec(*[None] * (x.ndim - 1), "model"))
         for path, x in ej.select.leaves(params).items()
         if path.endswith("kernel") and x.shape[-1] % 8 == 0
     ]
     given = {"frozen": frozen, "rules": tuple(rules), "meshes": ((4, 2),), "steps": 4}
-    return Case(chained, net, batch_of(transforms), loss, **given)
+    return Case(chained, net, batch, loss, **given)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -114,7 +114,7 @@ def _mixing(
         return {}, {}
 
     def batch(batch: PyTree, state: PyTree, ctx: Ctx) -> PyTree:
-        images, labels = batch[field], batch[label]
+        images, labels = jnp.asarray(batch[field]), jnp.asarray(batch[label])
         if classes is not None and not jnp.issubdtype(labels.dtype, jnp.floating):
             labels = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
         order, draw, place = jax.random.split(ctx.key, 3)

@@ -6,6 +6,7 @@ Pillow rounds a blend to whole levels, these do not.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from effjax.errors import SetupError
@@ -141,7 +142,7 @@ def check_bounds(bounds: Bounds) -> None:
     low, high = bounds
     if isinstance(low, jax.core.Tracer) or isinstance(high, jax.core.Tracer):
         return
-    if not bool(jnp.all(jnp.asarray(low) < jnp.asarray(high))):
+    if not np.all(np.asarray(low) < np.asarray(high)):
         raise SetupError(
             f"bounds={bounds!r}: black is not below white. They are the values that levels 0 and "
             "255 have in the batch: (0, 1) for image / 255, ((0 - mean) / std, (1 - mean) / std) "
