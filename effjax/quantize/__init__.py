@@ -6,6 +6,8 @@ from effjax.quantize.binary import binary, dorefa, ternary
 from effjax.quantize.bitsearch import bit_search, within
 from effjax.quantize.budget import Allocation, allocate, bit_costs
 from effjax.quantize.calibrate import calibrate
+from effjax.quantize.correct import correct_bias
+from effjax.quantize.equalize import equalize
 from effjax.quantize.fold import fold_batchnorm, folded
 from effjax.quantize.hessian import Trace, hessian_traces, objective_of
 from effjax.quantize.integer import Integer, integer
@@ -29,8 +31,10 @@ __all__ = [
     "bit_search",
     "by_leaf",
     "calibrate",
+    "correct_bias",
     "dorefa",
     "drop_one",
+    "equalize",
     "estimators",
     "fold_batchnorm",
     "folded",

@@ -11,6 +11,8 @@ from effjax.errors import SetupError
 from effjax.model import Model
 from effjax.quantize import numerics
 from effjax.quantize.calibrate import calibrate
+from effjax.quantize.correct import correct_bias
+from effjax.quantize.equalize import equalize as rescaled
 from effjax.quantize.estimators import Estimator
 from effjax.quantize.qat import qat
 from effjax.step import TrainState, init_state
@@ -36,28 +38,38 @@ def ptq(
     weights: numerics.Bits = 8,
     activations: numerics.Bits = 8,
     *,
+    per_channel: bool = True,
     symmetric: bool = True,
     estimator: str | Estimator = "mse",
+    equalize: bool = False,
+    bias_correction: bool = False,
     transform: Transform | None = None,
 ) -> Quantized:
     """Quantizes a trained model: weights by their largest values, activations by calibration.
+
+    In this order: channels are equalised (`quantize.equalize`, which folds BatchNorms), activation
+    ranges calibrated (`calibrate`), biases corrected (`correct_bias`).
 
     Args:
       model: whose params these are.
       params, model_state: trained in floating point.
       batches: of a calibration split, never test data; a few hundred examples do.
-      weights, activations: bits, for `qat` with static ranges of activations and a scale for each
-        output channel of a weight.
+      weights, activations: bits, for `qat` with static ranges of activations.
+      per_channel: one scale for each output channel of a weight, or one for all of it.
       symmetric: whether activations' ranges are. Below 8 bits False is better: what is never
         negative then has twice the levels; `quantize.integer` takes True.
       estimator: of the activations' ranges; see `calibrate`.
+      equalize: whether channels of layers that follow each other get equal ranges: what one scale
+        for a weight needs, above all in depthwise networks. Not through ReLU6, GELU or SiLU.
+      bias_correction: whether each layer's mean error is taken off its bias.
       transform: in place of that `qat`: another with static ranges, or a chain with masks and one.
 
     Returns:
       The transform, and the state that has its ranges.
 
     Raises:
-      SetupError, SelectorError, SiteError: as `qat` and `calibrate`.
+      SetupError, SelectorError, SiteError: no batches; and as `qat`, `equalize`, `calibrate` and
+        `correct_bias`.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -74,8 +86,18 @@ def ptq(
     batches = list(batches)
     if not batches:
         raise SetupError("ptq() got no batches: activation ranges come from data. Give some.")
+    if equalize:
+        params, model_state = rescaled(model.apply, params, model_state, batches[0])
     if transform is None:
-        transform = chain(quant=qat(weights, activations, ranges="static", symmetric=symmetric))
+        transform = chain(
+            quant=qat(
+                weights,
+                activations,
+                ranges="static",
+                per_channel=per_channel,
+                symmetric=symmetric,
+            )
+        )
     state = init_state(
         jax.random.key(0),
         model,
@@ -85,4 +107,7 @@ def ptq(
         params=params,
         model_state=model_state,
     )
-    return Quantized(transform, calibrate(model.apply, transform, state, batches, estimator))
+    state = calibrate(model.apply, transform, state, batches, estimator)
+    if bias_correction:
+        state = correct_bias(model.apply, transform, state, batches)
+    return Quantized(transform, state)
