@@ -150,6 +150,11 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, core.Literal)
 
 
+def shape(atom: Any) -> tuple[Any, ...]:
+    """The shape of an operand or a result; symbolic where the program is."""
+    return tuple(atom.aval.shape)
+
+
 def last_uses(jaxpr: Jaxpr) -> dict[Any, int]:
     """Which equation reads each variable last; outputs are read one past the end."""
     last = {}
@@ -157,6 +162,22 @@ def last_uses(jaxpr: Jaxpr) -> dict[Any, int]:
         last.update({v: index for v in eqn.invars if not is_literal(v)})
     last.update({v: len(jaxpr.eqns) for v in jaxpr.outvars if not is_literal(v)})
     return last
+
+
+def needed(jaxpr: Jaxpr) -> dict[Any, int]:
+    """The variables that the outputs depend on, and how often each is read on the way to them."""
+    reads: dict[Any, int] = {}
+
+    def read(atoms: Sequence[Any]) -> None:
+        for v in atoms:
+            if not is_literal(v):
+                reads[v] = reads.get(v, 0) + 1
+
+    read(jaxpr.outvars)
+    for eqn in reversed(jaxpr.eqns):
+        if any(v in reads for v in eqn.outvars):
+            read(eqn.invars)
+    return reads
 
 
 def rerun(jaxpr: Jaxpr, eqns: Sequence[Eqn], outputs: Sequence[Any], env: dict[Any, Any]) -> None:
@@ -178,12 +199,19 @@ def operation(jaxpr: Jaxpr, eqn: Eqn) -> Callable[..., Array]:
 
     Keywords replace the primitive's parameters, as in `run(a, b, preferred_element_type=int32)`.
     """
+    run = applied(jaxpr, eqn)
+    return lambda *operands, **changed: run(*operands, **changed)[0]
 
-    def run(*operands: Any, **changed: Any) -> Array:
+
+def applied(jaxpr: Jaxpr, eqn: Eqn) -> Callable[..., list[Any]]:
+    """As `operation`, of an equation with any number of outputs: a list of them."""
+
+    def run(*operands: Any, **changed: Any) -> list[Any]:
         params = {**eqn.params, **changed}
         fresh: list[Any] = [core.Var(v.aval) for v in eqn.invars]
-        one = eqn.replace(invars=fresh, params=params)
-        return _piece(jaxpr, [one], fresh, list(eqn.outvars))(*operands)[0]
+        outs: list[Any] = [core.Var(v.aval) for v in eqn.outvars]
+        one = eqn.replace(invars=fresh, outvars=outs, params=params)
+        return _piece(jaxpr, [one], fresh, outs)(*operands)
 
     return run
 

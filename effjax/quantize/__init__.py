@@ -9,6 +9,8 @@ from effjax.quantize.calibrate import calibrate
 from effjax.quantize.correct import correct_bias
 from effjax.quantize.equalize import equalize
 from effjax.quantize.fold import fold_batchnorm, folded
+from effjax.quantize.freeze import freeze
+from effjax.quantize.frozen import Frozen
 from effjax.quantize.hessian import Trace, hessian_traces, objective_of
 from effjax.quantize.integer import Integer, integer
 from effjax.quantize.learned import lsq, lsq_plus
@@ -22,6 +24,7 @@ from effjax.quantize.sensitivity import drop_one, hawq, rounding_errors
 __all__ = [
     "Allocation",
     "Bits",
+    "Frozen",
     "Integer",
     "Quantized",
     "Trace",
@@ -38,6 +41,7 @@ __all__ = [
     "estimators",
     "fold_batchnorm",
     "folded",
+    "freeze",
     "hawq",
     "hessian_traces",
     "integer",
