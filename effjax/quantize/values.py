@@ -131,24 +131,24 @@ def compact_shape(eqn: jaxprs.Eqn, values: Sequence[Known]) -> tuple[int, ...]:
 
 def evaluate(jaxpr: jaxprs.Jaxpr, eqn: jaxprs.Eqn, values: Sequence[Known]) -> list[Known]:
     """What an equation makes of known values."""
-    static = all(v.static for v in values)
-    compact = compact_shape(eqn, values)
+    name, static = eqn.primitive.name, all(v.static for v in values)
     shapes = [jaxprs.shape(v) for v in eqn.outvars]
-    if any(v.value is None for v in values):
-        return [Known(None, compact if i == 0 else s, s) for i, s in enumerate(shapes)]
-    with jax.ensure_compile_time_eval():
-        if eqn.primitive.name == "broadcast_in_dim":
-            found = [jnp.reshape(values[0].value, compact)]
-        else:
-            small = eqn.primitive.name in ELEMENTWISE
-            operands = [v.value if small else whole(v) for v in values]
-            found = jaxprs.applied(jaxpr, eqn)(*operands)
-            if small:
-                found = [jnp.reshape(x, compact) for x in found]
-    path = values[0].path if eqn.primitive.name in ("reshape", "broadcast_in_dim") else ""
+    compacts = [compact_shape(eqn, values), *shapes[1:]]
+    path = values[0].path if name in ("reshape", "broadcast_in_dim") else ""
+    found: list[Any] = [None] * len(shapes)
+    if all(v.value is not None for v in values):
+        small = name in ELEMENTWISE
+        with jax.ensure_compile_time_eval():
+            if name == "broadcast_in_dim":
+                found = [values[0].value]
+            else:
+                operands = [v.value if small else whole(v) for v in values]
+                found = jaxprs.applied(jaxpr, eqn)(*operands)
+            if small or name == "broadcast_in_dim":
+                found = [jnp.reshape(found[0], compacts[0])]
     return [
-        Known(x, tuple(x.shape), shape, static, path)
-        for x, shape in zip(found, shapes, strict=True)
+        Known(x, compact, shape, static, path)
+        for x, compact, shape in zip(found, compacts, shapes, strict=True)
     ]
 
 
