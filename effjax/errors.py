@@ -39,3 +39,7 @@ class ReportError(EffjaxError):
 
 class PackedError(EffjaxError):
     """A packed file that cannot be read, or a model that cannot be written as one."""
+
+
+class ExportError(EffjaxError):
+    """A model that an engine cannot run as it was trained, or an engine that is not installed."""

@@ -1,0 +1,254 @@
+"""ONNX: a frozen function as a file whose layers engines run on integers.
+
+The function's own jaxpr is translated, primitive by primitive: `onnx_rules.py` has the table,
+`onnx_graph.py` the graph under construction, `onnx_products.py` the layers, `onnx_patterns.py` what
+is one operation in ONNX and several in JAX. Models in Linen, NNX and plain JAX are all jaxprs.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import jax
+import numpy as np
+
+from effjax.core import PyTree
+from effjax.errors import ExportError
+from effjax.export import onnx_patterns
+from effjax.export.extras import need
+from effjax.export.marker import codes, is_marker, read, scope_of
+from effjax.export.onnx_graph import OPSET, Graph, Grid, Node, Value, constant
+from effjax.export.onnx_rules import RULES, VIEWS
+from effjax.jaxprs import Call, Eqn, Jaxpr, Remat, Ruled, is_literal, parts, rerun
+from effjax.select import leaves
+
+# What of an optimized graph computes on integers, by the names of ONNX and of ONNX Runtime.
+INTEGER = (
+    "QLinearConv",
+    "QLinearMatMul",
+    "QGemm",
+    "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul",
+    "ConvInteger",
+    "MatMulInteger",
+    "QLinearAdd",
+    "QLinearMul",
+    "QLinearConcat",
+    "QLinearAveragePool",
+    "QLinearGlobalAveragePool",
+    "QLinearSoftmax",
+    "QLinearSigmoid",
+    "QLinearLeakyRelu",
+)
+
+
+def to_onnx(fn: Callable[..., PyTree], *avals: PyTree) -> bytes:
+    """The ONNX file of a function.
+
+    A quantizer of an activation becomes QuantizeLinear and DequantizeLinear with its scale, one of
+    a constant an int8 array and DequantizeLinear; a bias between two of them is int32. Ranges that
+    begin at zero are uint8. What the inputs do not change is computed now.
+
+    Args:
+      fn: a frozen model as a function of arrays, its weights among its constants.
+      *avals: shapes and dtypes of its arguments, trees of `jax.ShapeDtypeStruct`. A batch size from
+        `jax.export.symbolic_shape` makes a file for every batch size.
+
+    Returns:
+      The file's bytes. Its inputs are named by the arguments' paths, or "input"; its outputs
+      "output", or by their paths.
+
+    Raises:
+      ExportError: an operation that ONNX does not have, or not in this form; or the package onnx is
+        not installed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from effjax.export.onnx import run, to_onnx
+      >>> data = to_onnx(lambda x: jax.nn.relu(x), jax.ShapeDtypeStruct((3,), jnp.float32))
+      >>> run(data)(np.array([-1, 0, 2], np.float32))
+      [array([0., 0., 2.], dtype=float32)]
+    """
+    helper = need("onnx.helper", "onnx")
+    closed, outputs = jax.make_jaxpr(fn, return_shape=True)(*avals)
+    graph = Graph()
+    tree: PyTree = avals[0] if len(avals) == 1 else avals
+    inputs = {p or "input": x for p, x in leaves(tree).items()}
+    values = [Value(name, tuple(range(len(x.shape))), tuple(x.shape)) for name, x in inputs.items()]
+    found = _Lowering(graph).run(
+        closed.jaxpr, [constant(np.asarray(c)) for c in closed.consts], values, ""
+    )
+    named: dict[str, tuple[str, Any]] = {}
+    for (path, aval), value in zip(leaves(outputs).items(), found, strict=True):
+        graph.scope = ""
+        name = graph.floats(graph.full(value, range(len(value.shape))))
+        named[path or "output"] = (name, aval)
+    return _written(helper, graph, inputs, named)
+
+
+class _Lowering:
+    """A walk over a jaxpr that writes each equation to the graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+    def run(
+        self, jaxpr: Jaxpr, consts: Sequence[Value], inputs: Sequence[Value], scope: str
+    ) -> list[Value]:
+        """The outputs' values."""
+        env: dict[Any, Value] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, inputs, strict=True))
+
+        def of(atom: Any) -> Value:
+            return constant(np.asarray(atom.val)) if is_literal(atom) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            own = scope_of(scope, eqn)
+            self.graph.scope = own
+            outs = self.equation(jaxpr, eqn, [of(v) for v in eqn.invars], own)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [of(v) for v in jaxpr.outvars]
+
+    def equation(self, jaxpr: Jaxpr, eqn: Eqn, values: list[Value], scope: str) -> list[Value]:
+        """One equation's outputs."""
+        name = eqn.primitive.name
+        if is_marker(eqn):
+            return [self.quantizer(eqn, values[-1])]
+        inner = parts(eqn)
+        if isinstance(inner, Call | Remat | Ruled):
+            held = [constant(np.asarray(c)) for c in inner.body.consts]
+            return self.run(inner.body.jaxpr, held, values[-len(inner.body.jaxpr.invars) :], scope)
+        known = all(v.constant and v.grid is None for v in values)
+        fixed = all(isinstance(n, int) for v in eqn.outvars for n in v.aval.shape)
+        if known and fixed and name not in VIEWS:
+            return self.evaluated(jaxpr, eqn, values)
+        if name not in RULES:
+            shapes = ", ".join(str(v.aval.str_short()) for v in eqn.invars)
+            raise ExportError(
+                f"ONNX: the operation {name!r} on ({shapes}) at {scope or 'the top'} has no "
+                f"translation. Replace it in the model, or add a rule for it to "
+                "effjax/export/onnx_rules.py."
+            )
+        found = RULES[name](self.graph, eqn, *values)
+        return [found] if isinstance(found, Value) else found
+
+    def quantizer(self, eqn: Eqn, x: Value) -> Value:
+        marker = read(eqn)
+        known = x.constant and x.grid is None
+        grid = Grid.of(marker, known)
+        if known:
+            x = self.graph.full(x, range(len(x.shape)))
+            return x._replace(data=codes(x.data, marker), grid=grid)
+        if x.grid is not None and x.grid.equals(grid):
+            return x
+        return onnx_patterns.quantized(self.graph, x, grid)
+
+    def evaluated(self, jaxpr: Jaxpr, eqn: Eqn, values: Sequence[Value]) -> list[Value]:
+        """What only constants go into."""
+        full = [self.graph.full(v, range(len(v.shape))).data for v in values]
+        env = {v: x for v, x in zip(eqn.invars, full, strict=True) if not is_literal(v)}
+        rerun(jaxpr, [eqn], eqn.outvars, env)
+        return [constant(np.asarray(env[v])) for v in eqn.outvars]
+
+
+def _written(
+    helper: Any,
+    graph: Graph,
+    inputs: dict[str, Any],
+    outputs: dict[str, tuple[str, Any]],
+) -> bytes:
+    tensors = need("onnx.numpy_helper", "onnx")
+
+    def type_of(dtype: Any) -> int:
+        return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+
+    def info(name: str, x: Any) -> Any:
+        shape = [n if isinstance(n, int) else str(n) for n in x.shape]
+        return helper.make_tensor_value_info(name, type_of(x.dtype), shape)
+
+    nodes, arrays = graph.used([name for name, _ in outputs.values()])
+    renamed = {name: out for out, (name, _) in outputs.items() if name in nodes}
+    written = [_node(helper, type_of, name, node, renamed) for name, node in nodes.items()]
+    for out, (name, _) in outputs.items():
+        if renamed.get(name, name) != out:
+            written.append(helper.make_node("Identity", [renamed.get(name, name)], [out]))
+    whole = helper.make_graph(
+        written,
+        "effjax",
+        [info(name, x) for name, x in inputs.items()],
+        [info(name, x) for name, (_, x) in outputs.items()],
+        [tensors.from_array(array, name) for name, array in arrays.items()],
+    )
+    model = helper.make_model(
+        whole,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        producer_name="effjax",
+        ir_version=9,
+    )
+    return model.SerializeToString()
+
+
+def _node(
+    helper: Any, type_of: Callable[[Any], int], name: str, node: Node, renamed: dict[str, str]
+) -> Any:
+    attributes = dict(node.attributes)
+    if node.op == "Cast":
+        attributes["to"] = type_of(attributes["to"])
+    inputs = [renamed.get(i, i) for i in node.inputs]
+    return helper.make_node(node.op, inputs, [renamed.get(name, name)], name=name, **attributes)
+
+
+def session(data: bytes, threads: int = 1, exact: bool = True, save: Path | None = None) -> Any:
+    """An `onnxruntime.InferenceSession` of a file's bytes.
+
+    Args:
+      data: the file's bytes.
+      threads: of one call.
+      exact: on CPUs without VNNI, whether sums of products of uint8 and int8 are exact; the faster
+        instruction saturates at 16 bits, which costs accuracy without a warning.
+      save: where to write the graph as ONNX Runtime optimized it.
+
+    Raises:
+      ExportError: onnxruntime is not installed, or refuses the file.
+    """
+    ort = need("onnxruntime", "onnx")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "1" if exact else "0")
+    if save is not None:
+        options.optimized_model_filepath = str(save)
+    try:
+        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime refuses the file: {error}") from error
+
+
+def run(data: bytes, threads: int = 1, exact: bool = True) -> Callable[..., list[np.ndarray]]:
+    """The file in ONNX Runtime, as a function of NumPy arrays in the order of its inputs."""
+    loaded = session(data, threads, exact)
+    names = [x.name for x in loaded.get_inputs()]
+
+    def call(*arrays: Any) -> list[np.ndarray]:
+        return loaded.run(None, {n: np.asarray(x) for n, x in zip(names, arrays, strict=True)})
+
+    return call
+
+
+def kernels(data: bytes) -> dict[str, int]:
+    """How many operations of each kind ONNX Runtime runs, after its own optimizations."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        session(data, save=path)
+        model = need("onnx", "onnx").load(str(path))
+    return dict(Counter(node.op_type for node in model.graph.node))
+
+
+def integer_kernels(data: bytes) -> dict[str, int]:
+    """Those of `kernels` that compute on integers."""
+    return {op: n for op, n in kernels(data).items() if op in INTEGER}
+
+
+__all__ = ["INTEGER", "integer_kernels", "kernels", "run", "session", "to_onnx"]

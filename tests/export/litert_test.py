@@ -1,0 +1,94 @@
+"""LiteRT: layers on int8 with the scales of training, or an error that names what is not there."""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from effjax.errors import ExportError
+from effjax.export import litert
+from effjax.export.litert import integer_kernels, kernels, run, to_litert
+from effjax.export.marker import tapped
+from tests.export.frozen_programs import PROGRAMS, SIGNED, UNSIGNED, images
+
+WHY = "needs litert-converter and ai-edge-litert: pip install 'effjax[litert]'"
+pytest.importorskip("litert_converter", reason=WHY)
+pytest.importorskip("ai_edge_litert", reason=WHY)
+
+# The last layer's result has no quantizer, so it is float32 from int8 weights.
+KERNELS = {
+    "mlp": {"FULLY_CONNECTED": 2},
+    "cnn": {"CONV_2D": 4, "ADD": 2, "MAX_POOL_2D": 1, "MEAN": 1},
+    "depthwise": {"CONV_2D": 3, "DEPTHWISE_CONV_2D": 2, "MEAN": 1},
+    "encoder": {"FULLY_CONNECTED": 6, "BATCH_MATMUL": 1, "GELU": 1},
+}
+
+
+def aval(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+@functools.cache
+def exported(kind):
+    apply, shape = PROGRAMS[kind]()
+    x, every = images(shape, 4), tapped(apply)
+    outputs, values = jax.tree.map(np.asarray, jax.jit(every)(x))
+    return x, to_litert(every, aval(*x.shape)), outputs, values
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_layers_run_on_integers_and_give_what_jax_gives(kind):
+    x, data, outputs, values = exported(kind)
+    assert integer_kernels(data) == KERNELS[kind]
+    found, *layers = run(data)(x)
+    # LiteRT's mean rounds twice, and what follows softmax and GELU differs by their tables.
+    near, all_near = {"encoder": (2.01, 0.8)}.get(kind, (1.01, 0.995))
+    for (name, wanted), layer in zip(sorted(values.items()), layers, strict=True):
+        units = np.abs(layer - wanted) / (UNSIGNED if wanted.min() >= 0 else SIGNED)
+        assert units.max() < near, name
+        assert (units < 0.01).mean() >= (0.9 if name == "mean:output" else all_near), name
+    assert (found.argmax(-1) == outputs.argmax(-1)).all()
+
+
+def test_weights_are_stored_as_integers():
+    apply, shape = PROGRAMS["cnn"]((64, 128))
+    data = to_litert(apply, aval(1, *shape))
+    weights = 9 * (3 * 64 + 64 * 64 + 64 * 128 + 128 * 128) + 128 * 10
+    assert len(data) < 1.1 * (weights + 4 * (2 * 64 + 2 * 128 + 10))
+    assert kernels(data)["QUANTIZE float32"] == 1
+
+
+def test_an_operation_without_a_translation_is_named_with_its_layer():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.tanh(nn.Dense(4, name="first")(x))
+            with jax.named_scope("order"):
+                return jnp.sort(x)
+
+    net = Net()
+    variables = net.init(jax.random.key(0), jnp.ones((1, 3)))
+    with pytest.raises(ExportError, match=r"'sort' on \(float32\[2,4\]\) at Net/order"):
+        to_litert(lambda x: net.apply(variables, x), aval(2, 3))
+
+
+def test_symbolic_shapes_are_refused():
+    (n,) = jax.export.symbolic_shape("n")
+    with pytest.raises(ExportError, match=r"'input' has the shape \(n, 3\).*Give a batch size"):
+        to_litert(jnp.tanh, aval(n, 3))
+
+
+def test_another_converter_is_refused(monkeypatch):
+    monkeypatch.setattr(litert.importlib.metadata, "version", lambda _: "0.6.1")
+    with pytest.raises(ExportError, match=r"is version 0.6.1.*litert-converter==0.5.0"):
+        to_litert(jnp.tanh, aval(3))
+
+
+def test_a_missing_package_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "litert_converter", None)
+    with pytest.raises(ExportError, match=r"pip install 'effjax\[litert\]'"):
+        to_litert(jnp.tanh, aval(3))
