@@ -107,7 +107,8 @@ def _why(jaxpr: Jaxpr, message: str) -> str:
             rerun(inner, [eqn], eqn.outvars, env)
             return [env[v] for v in eqn.outvars]
 
-        avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
+        found: list[Any] = [v.aval for v in variables]
+        avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in found]
         try:
             _loads(_converted(alone, [f"input_{i}" for i in range(len(avals))], *avals))
         except ValueError as error:

@@ -104,7 +104,7 @@ class _Lowering:
         def of(atom: Any) -> Value:
             return constant(np.asarray(atom.val)) if is_literal(atom) else env[atom]
 
-        for eqn in jaxpr.eqns:
+        for eqn in _needed(jaxpr):
             own = scope_of(scope, eqn)
             self.graph.scope = own
             outs = self.equation(jaxpr, eqn, [of(v) for v in eqn.invars], own)
@@ -121,7 +121,8 @@ class _Lowering:
             held = [constant(np.asarray(c)) for c in inner.body.consts]
             return self.run(inner.body.jaxpr, held, values[-len(inner.body.jaxpr.invars) :], scope)
         known = all(v.constant and v.grid is None for v in values)
-        fixed = all(isinstance(n, int) for v in eqn.outvars for n in v.aval.shape)
+        avals: list[Any] = [v.aval for v in eqn.outvars]
+        fixed = all(isinstance(n, int) for aval in avals for n in aval.shape)
         if known and fixed and name not in VIEWS:
             return self.evaluated(jaxpr, eqn, values)
         if name not in RULES:
@@ -147,10 +148,30 @@ class _Lowering:
 
     def evaluated(self, jaxpr: Jaxpr, eqn: Eqn, values: Sequence[Value]) -> list[Value]:
         """What only constants go into."""
+        if any(v.data.dtype == object for v in values):
+            raise ExportError(
+                f"ONNX: random numbers are drawn at {self.graph.scope or 'the top'} "
+                f"({eqn.primitive.name}). Export the model as it is evaluated, without dropout."
+            )
         full = [self.graph.full(v, range(len(v.shape))).data for v in values]
         env = {v: x for v, x in zip(eqn.invars, full, strict=True) if not is_literal(v)}
         rerun(jaxpr, [eqn], eqn.outvars, env)
-        return [constant(np.asarray(env[v])) for v in eqn.outvars]
+        return [constant(_array(env[v])) for v in eqn.outvars]
+
+
+def _needed(jaxpr: Jaxpr) -> list[Eqn]:
+    """The equations that the outputs are computed from."""
+    used, found = {v for v in jaxpr.outvars if not is_literal(v)}, []
+    for eqn in reversed(jaxpr.eqns):
+        if used.intersection(eqn.outvars):
+            found.append(eqn)
+            used.update(v for v in eqn.invars if not is_literal(v))
+    return found[::-1]
+
+
+def _array(x: Any) -> np.ndarray:
+    """A constant; keys of random numbers are none that a graph could hold."""
+    return np.array(None) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
 
 
 def _written(

@@ -15,6 +15,7 @@ import numpy as np
 
 from effjax.errors import ExportError
 from effjax.export.marker import Marker
+from effjax.jaxprs import Eqn
 
 Order = tuple[int | None, ...]
 OPSET = 20  # the first with Gelu
@@ -61,7 +62,7 @@ class Value(NamedTuple):
       counts the value's axes.
     """
 
-    data: str | np.ndarray
+    data: Any
     order: Order
     shape: tuple[Any, ...]
     grid: Grid | None = None
@@ -133,7 +134,7 @@ class Graph:
             self._known[key] = name
         return self._known[key]
 
-    def array(self, array: np.ndarray, owner: str = "") -> str:
+    def array(self, array: Any, owner: str = "") -> str:
         """Writes an array, whose name is returned; one with an owner is shared with no other's."""
         array = np.asarray(array, order="C")
         key = (array.dtype.name, array.shape, array.tobytes(), owner)
@@ -288,6 +289,18 @@ class Graph:
                 todo += self.nodes[name].inputs if name in self.nodes else ()
         nodes = {name: node for name, node in self.nodes.items() if name in needed}
         return nodes, {name: array for name, array in self.arrays.items() if name in needed}
+
+
+def shape_of(eqn: Eqn) -> tuple[Any, ...]:
+    """The shape of an equation's first output."""
+    aval: Any = eqn.outvars[0].aval
+    return tuple(aval.shape)
+
+
+def dtype_of(eqn: Eqn) -> np.dtype:
+    """The type of an equation's first output."""
+    aval: Any = eqn.outvars[0].aval
+    return np.dtype(aval.dtype)
 
 
 def size(shape: Sequence[Any]) -> Any:

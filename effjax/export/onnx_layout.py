@@ -6,22 +6,22 @@ from typing import Any
 import numpy as np
 
 from effjax.errors import ExportError
-from effjax.export.onnx_graph import Graph, Sum, Value, size
+from effjax.export.onnx_graph import Graph, Sum, Value, dtype_of, shape_of, size
 from effjax.jaxprs import Eqn
 
 
 def transpose(graph: Graph, eqn: Eqn, x: Value) -> Value:
     perm = eqn.params["permutation"]
-    return x.moved({old: new for new, old in enumerate(perm)}, eqn.outvars[0].aval.shape)
+    return x.moved({old: new for new, old in enumerate(perm)}, shape_of(eqn))
 
 
 def broadcast(graph: Graph, eqn: Eqn, x: Value, *lengths: Value) -> Value:
-    axes, shape = eqn.params["broadcast_dimensions"], eqn.outvars[0].aval.shape
+    axes, shape = eqn.params["broadcast_dimensions"], shape_of(eqn)
     return x.moved({a: b for a, b in enumerate(axes) if x.shape[a] == shape[b]}, shape)
 
 
 def reshape(graph: Graph, eqn: Eqn, x: Value, *lengths: Value) -> Value:
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn)
     old = [a for a, n in enumerate(x.shape) if n != 1]
     new = [a for a, n in enumerate(shape) if n != 1]
     if [x.shape[a] for a in old] == [shape[a] for a in new]:
@@ -45,18 +45,18 @@ def _kept(old: Sequence[Any], new: Sequence[Any], axis: int) -> int | None:
 
 def squeeze(graph: Graph, eqn: Eqn, x: Value) -> Value:
     kept = [a for a in range(len(x.shape)) if a not in eqn.params["dimensions"]]
-    return x.moved({a: i for i, a in enumerate(kept)}, eqn.outvars[0].aval.shape)
+    return x.moved({a: i for i, a in enumerate(kept)}, shape_of(eqn))
 
 
 def stack(graph: Graph, eqn: Eqn, *values: Value) -> Value:
-    axis, shape = eqn.params["axis"], eqn.outvars[0].aval.shape
+    axis, shape = eqn.params["axis"], shape_of(eqn)
     one = (*shape[:axis], 1, *shape[axis + 1 :])
     spread = [v.moved({a: a + (a >= axis) for a in range(len(v.shape))}, one) for v in values]
     return joined(graph, spread, axis, shape)
 
 
 def concatenate(graph: Graph, eqn: Eqn, *values: Value) -> Value:
-    return joined(graph, values, eqn.params["dimension"], eqn.outvars[0].aval.shape)
+    return joined(graph, values, eqn.params["dimension"], shape_of(eqn))
 
 
 def joined(graph: Graph, values: Sequence[Value], axis: int, shape: Sequence[Any]) -> Value:
@@ -70,16 +70,19 @@ def cut(graph: Graph, eqn: Eqn, x: Value) -> Value:
     """`slice`."""
     p = eqn.params
     strides = p["strides"] or (1,) * len(x.shape)
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn)
     return piece(graph, x, p["start_indices"], p["limit_indices"], strides, shape)
 
 
 def split(graph: Graph, eqn: Eqn, x: Value) -> list[Value]:
-    axis, found, start = eqn.params["axis"], [], 0
+    axis, start = eqn.params["axis"], 0
+    found = list[Value]()
     for out in eqn.outvars:
-        low, high = [0] * len(x.shape), list(x.shape)
-        low[axis], high[axis] = start, start + out.aval.shape[axis]
-        found.append(piece(graph, x, low, high, [1] * len(low), out.aval.shape))
+        aval: Any = out.aval
+        low: list[Any] = [0] * len(x.shape)
+        high: list[Any] = list(x.shape)
+        low[axis], high[axis] = start, start + aval.shape[axis]
+        found.append(piece(graph, x, low, high, [1] * len(low), aval.shape))
         start = high[axis]
     return found
 
@@ -117,7 +120,7 @@ def pad(graph: Graph, eqn: Eqn, x: Value, value: Value) -> Value:
     pads = [config[a][0] for a in order] + [config[a][1] for a in order]
     filled = graph.floats(value)
     name = graph.node("Pad", graph.floats(x), graph.array(np.array(pads, np.int64)), filled)
-    return Value(name, order, eqn.outvars[0].aval.shape)
+    return Value(name, order, shape_of(eqn))
 
 
 def rows(graph: Graph, eqn: Eqn, table: Value, indices: Value) -> Value:
@@ -131,7 +134,7 @@ def rows(graph: Graph, eqn: Eqn, table: Value, indices: Value) -> Value:
             f"{picked}; its Gather takes whole rows along one axis."
         )
     (axis,) = picked
-    shape, offsets = eqn.outvars[0].aval.shape, numbers.offset_dims
+    shape, offsets = shape_of(eqn), numbers.offset_dims
     table = graph.full(table, range(len(table.shape)))
     grid = table.grid
     if grid is not None and grid.axis == axis:
@@ -168,7 +171,7 @@ def reduction(op: str) -> Callable[..., Value]:
             graph.notes[out] = Sum(name, tuple(stored), len(x.order), count)
         left = [a for a in range(len(x.shape)) if a not in axes]
         to = {a: i for i, a in enumerate(left)}
-        return Value(out, x.order, x.shape).moved(to, eqn.outvars[0].aval.shape)
+        return Value(out, x.order, x.shape).moved(to, shape_of(eqn))
 
     return rule
 
@@ -179,10 +182,10 @@ def argmax(graph: Graph, eqn: Eqn, x: Value) -> Value:
     x = graph.full(x, order)
     op = {"argmax": "ArgMax", "argmin": "ArgMin"}[eqn.primitive.name]
     name = graph.node(op, graph.floats(x), axis=order.index(axis), keepdims=1)
-    name = graph.node("Cast", name, to=str(eqn.outvars[0].aval.dtype))
+    name = graph.node("Cast", name, to=str(dtype_of(eqn)))
     left = [a for a in range(len(x.shape)) if a != axis]
     to = {a: i for i, a in enumerate(left)}
-    return Value(name, order, x.shape).moved(to, eqn.outvars[0].aval.shape)
+    return Value(name, order, x.shape).moved(to, shape_of(eqn))
 
 
 def window(op: str) -> Callable[..., Value]:
@@ -201,12 +204,12 @@ def window(op: str) -> Callable[..., Value]:
         order = (ones[0], ones[-1], *(a for a in range(rank) if a not in (ones[0], ones[-1])))
         x = graph.full(x, order)
         space = order[2:]
-        options = {
+        options: dict[str, Any] = {
             "kernel_shape": [lengths[a] for a in space],
             "strides": [p["window_strides"][a] for a in space],
             "pads": [p["padding"][a][i] for i in (0, 1) for a in space],
         }
-        shape = eqn.outvars[0].aval.shape
+        shape = shape_of(eqn)
         if op == "MaxPool":
             return Value(graph.node(op, graph.name(x), **options), order, shape, x.grid)
         options["count_include_pad"] = 1

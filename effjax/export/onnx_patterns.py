@@ -5,13 +5,13 @@ What is replaced is left in the graph; where nothing else reads it, it is not wr
 
 import numpy as np
 
-from effjax.export.onnx_graph import Graph, Grid, Node, Sum, Value
+from effjax.export.onnx_graph import Graph, Grid, Node, Sum, Value, shape_of
 from effjax.jaxprs import Eqn
 
 
 def biased(graph: Graph, eqn: Eqn, a: Value, b: Value) -> Value | None:
     """x + constant, where what computes x can add it: a layer, or LayerNormalization."""
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn)
     for x, bias in ((a, b), (b, a)):
         if x.constant or not bias.constant or bias.grid is not None or x.shape != shape:
             continue
@@ -93,7 +93,7 @@ def layer_norm(graph: Graph, eqn: Eqn, a: Value, b: Value) -> Value | None:
         return graph.node("LayerNormalization", x, flat, graph.array(bias.reshape(-1)), **options)
 
     graph.notes[name] = shifted
-    return a._replace(data=name, shape=eqn.outvars[0].aval.shape)
+    return a._replace(data=name, shape=shape_of(eqn))
 
 
 def gelu(graph: Graph, product: Value) -> Value | None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from effjax.errors import ExportError
-from effjax.export.onnx_graph import Graph, Value, size
+from effjax.export.onnx_graph import Graph, Value, shape_of, size
 from effjax.jaxprs import Eqn
 
 Biased = Callable[[np.ndarray, int], str | None]  # a bias in the stored order and rank
@@ -14,7 +14,7 @@ Biased = Callable[[np.ndarray, int], str | None]  # a bias in the stored order a
 
 def convolution(graph: Graph, eqn: Eqn, x: Value, kernel: Value) -> Value:
     """`conv_general_dilated` as Conv; the batch is stored first, the channels second."""
-    p, shape = eqn.params, eqn.outvars[0].aval.shape
+    p, shape = eqn.params, shape_of(eqn)
     numbers = p["dimension_numbers"]
     if any(d != 1 for d in p["lhs_dilation"]) or p["batch_group_count"] != 1:
         raise ExportError(
@@ -50,7 +50,7 @@ def convolution(graph: Graph, eqn: Eqn, x: Value, kernel: Value) -> Value:
 def product(graph: Graph, eqn: Eqn, lhs: Value, rhs: Value) -> Value:
     """`dot_general` as Gemm, where both are quantized and one is constant, or as MatMul."""
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
-    shape, batch = eqn.outvars[0].aval.shape, len(lhs_batch)
+    shape, batch = shape_of(eqn), len(lhs_batch)
     lhs_free = [a for a in range(len(lhs.shape)) if a not in (*lhs_sum, *lhs_batch)]
     rhs_free = [a for a in range(len(rhs.shape)) if a not in (*rhs_sum, *rhs_batch)]
     cut = batch + len(lhs_free)

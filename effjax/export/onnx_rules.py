@@ -7,7 +7,7 @@ import numpy as np
 
 from effjax.errors import ExportError
 from effjax.export import onnx_layout, onnx_patterns
-from effjax.export.onnx_graph import Graph, Value, constant
+from effjax.export.onnx_graph import Graph, Value, constant, dtype_of, shape_of
 from effjax.export.onnx_products import convolution, product
 from effjax.jaxprs import CONV, DOT, GATHER, Eqn
 
@@ -18,7 +18,7 @@ def _same(op: str, **attributes: Any) -> Callable[..., Value]:
     """An operation on elements that ONNX has."""
 
     def rule(graph: Graph, eqn: Eqn, *values: Value) -> Value:
-        return graph.elements(op, values, eqn.outvars[0].aval.shape, **attributes)
+        return graph.elements(op, values, shape_of(eqn), **attributes)
 
     return rule
 
@@ -39,11 +39,11 @@ def _identity(graph: Graph, eqn: Eqn, x: Value) -> Value:
 
 
 def _scalar(value: float, like: Eqn) -> Value:
-    return constant(np.asarray(value, like.outvars[0].aval.dtype))
+    return constant(np.asarray(value, dtype_of(like)))
 
 
 def _maximum(graph: Graph, eqn: Eqn, a: Value, b: Value) -> Value:
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn)
     for bound, x in ((a, b), (b, a)):
         if bound.constant and bound.grid is None:
             if (bound.data == -np.inf).all():
@@ -54,7 +54,7 @@ def _maximum(graph: Graph, eqn: Eqn, a: Value, b: Value) -> Value:
 
 
 def _minimum(graph: Graph, eqn: Eqn, a: Value, b: Value) -> Value:
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn)
     for bound, x in ((a, b), (b, a)):
         if bound.constant and bound.grid is None and (bound.data == np.inf).all():
             return x
@@ -118,11 +118,12 @@ def _not_equal(graph: Graph, eqn: Eqn, a: Value, b: Value) -> Value:
 
 
 def _where(graph: Graph, eqn: Eqn, which: Value, *cases: Value) -> Value:
-    if len(cases) != 2 or str(eqn.invars[0].aval.dtype) != "bool":
+    kind: Any = eqn.invars[0].aval
+    if len(cases) != 2 or kind.dtype != bool:
         raise ExportError(
             f"ONNX: a selection among {len(cases)} cases at {graph.scope}; it has Where, for two."
         )
-    return graph.elements("Where", [which, cases[1], cases[0]], eqn.outvars[0].aval.shape)
+    return graph.elements("Where", [which, cases[1], cases[0]], shape_of(eqn))
 
 
 def _clamp(graph: Graph, eqn: Eqn, low: Value, x: Value, high: Value) -> Value:
@@ -132,9 +133,10 @@ def _clamp(graph: Graph, eqn: Eqn, low: Value, x: Value, high: Value) -> Value:
 
 
 def _convert(graph: Graph, eqn: Eqn, x: Value) -> Value:
-    if eqn.invars[0].aval.dtype == eqn.outvars[0].aval.dtype:
+    before: Any = eqn.invars[0].aval
+    if before.dtype == dtype_of(eqn):
         return x
-    return graph.elements("Cast", [x], x.shape, to=str(eqn.outvars[0].aval.dtype))
+    return graph.elements("Cast", [x], x.shape, to=str(dtype_of(eqn)))
 
 
 def _exp2(graph: Graph, eqn: Eqn, x: Value) -> Value:

@@ -317,6 +317,12 @@ def test_what_the_forms_of_onnx_do_not_allow_is_said():
         to_onnx(lambda x: lax.pad(x, 0.0, [(0, 0, 1)]), aval(4))
 
 
+def test_random_numbers_are_refused_where_they_are_used():
+    agrees(lambda x: (x, jax.random.key(0))[0], X)
+    with pytest.raises(ExportError, match="random numbers are drawn"):
+        to_onnx(lambda x: x * jax.random.uniform(jax.random.key(0), (3,)), aval(2, 3))
+
+
 def test_a_missing_package_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx.helper", None)
     with pytest.raises(ExportError, match=r"pip install 'effjax\[onnx\]'"):
