@@ -1,5 +1,6 @@
 """Architecture search: spaces of configurations, and sub-networks that share weights."""
 
+from effjax.nas import proxies
 from effjax.nas.dimensions import Choice, Float, Integer, Repeat, When
 from effjax.nas.groups import WidthSpace, width_space
 from effjax.nas.optuna_search import ASHA, NSGA2, TPE, Hyperband
@@ -35,6 +36,7 @@ __all__ = [
     "WidthSpace",
     "make_recalibrate",
     "nasbench201",
+    "proxies",
     "subnet",
     "trace",
     "width",

@@ -302,17 +302,13 @@ def synflow(
         raise SetupError(f"rounds={rounds}; SynFlow takes at least one round, in the paper 100.")
     chosen = {path: jnp.abs(w) for path, w in chosen_leaves(params, select).items()}
     size = sum(w.size for w in chosen.values())
-    linear, state, ones = _absolute(params), _absolute(model_state), jax.tree.map(_ones, batch)
+    linear, state, ones = absolute(params), absolute(model_state), jax.tree.map(one_of_ones, batch)
 
     @jax.jit
     def run(chosen: Leaves, params: PyTree, state: PyTree, ones: PyTree, sparsity: Array) -> Leaves:
-        def flow(chosen: Leaves) -> Array:
-            outputs, _ = apply(replace(params, chosen), state, ones, no_key(None), False)
-            return sum((jnp.sum(x) for x in jax.tree.leaves(outputs)), jnp.zeros(()))
-
         def score(mask: Leaves) -> Leaves:
             left = {path: masked(w, mask[path]) for path, w in chosen.items()}
-            grads = jax.grad(flow)(left)
+            grads = jax.grad(lambda left: flow(apply, replace(params, left), state, ones))(left)
             return {path: scores.synflow(w, grads[path]) for path, w in left.items()}
 
         def step(k: Array, mask: Leaves) -> Leaves:
@@ -417,13 +413,21 @@ def _single(scores: Leaves) -> Leaves:
     return {p: jnp.ldexp(score, -exponent).astype(jnp.float32) for p, score in scores.items()}
 
 
-def _absolute(tree: PyTree) -> PyTree:
+def flow(apply: Apply, params: PyTree, model_state: PyTree, batch: PyTree) -> Array:
+    """SynFlow's R: the sum of the outputs in evaluation, for what `absolute` and ones gave."""
+    outputs, _ = apply(params, model_state, batch, no_key(None), False)
+    return sum((jnp.sum(x) for x in jax.tree.leaves(outputs)), jnp.zeros(()))
+
+
+def absolute(tree: PyTree) -> PyTree:
+    """A tree with the absolute values of its floating-point leaves."""
     return jax.tree.map(
         lambda x: jnp.abs(x) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x, tree
     )
 
 
-def _ones(x: Any) -> Any:
+def one_of_ones(x: Any) -> Any:
+    """Floating point [examples, ...] as ones [1, ...], others as their first example."""
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         return x[:1]
     return jnp.ones((1, *jnp.shape(x)[1:]), jnp.result_type(x))

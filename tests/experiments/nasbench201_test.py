@@ -1,0 +1,115 @@
+"""The networks of NAS-Bench-201: published sizes, one cell against all cells, Linen against NNX."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.nas import nasbench201
+from effjax.select import leaves
+from experiments.models import nasbench201 as bench
+
+IMAGE = jax.random.normal(jax.random.key(1), (4, 6, 6, 3))
+SMALL = bench.Spec(width=4, cells=1, stages=2)
+KEY = jax.random.key(2)
+
+
+def shapes_of(spec, library="linen"):
+    return jax.eval_shape(bench.model(spec, library).init, KEY, {"image": IMAGE})
+
+
+def drawn(shapes):
+    """Weights and statistics, all above 0."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.1, 1, x.shape), x.dtype), shapes)
+
+
+def size(spec):
+    return sum(x.size for x in jax.tree.leaves(shapes_of(spec)[0]))
+
+
+def test_parameters_are_the_published_ones():
+    """Of the table's best cell on CIFAR-10, and of cells of one operation: in millions."""
+    best = (3, 3, 3, 1, 3, 2)
+    assert size(bench.Spec(best)) == 1_073_466
+    common, edges = bench.counts()
+    for cell, published in [
+        (best, 1.073466),
+        ((3, 3, 3, 3, 3, 3), 1.531546),
+        ((1, 1, 1, 1, 1, 1), 0.073306),
+        ((4, 4, 4, 4, 4, 4), 0.073306),
+    ]:
+        found = common + sum(edges[e, o] for e, o in enumerate(cell))
+        assert found == pytest.approx(published * 1e6, abs=0.5)
+
+
+def test_one_program_computes_every_cell():
+    whole = bench.model(SMALL)
+    params, state = drawn(shapes_of(SMALL))
+    traces = []
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def all_cells(edges):
+        traces.append(1)
+        return whole.apply(params, state, {"image": IMAGE, "edges": edges}, KEY, True)
+
+    for cell in [(3, 2, 4, 1, 0, 3), (4, 1, 2, 2, 3, 0)]:
+        spec = replace(SMALL, cell=cell)
+        own = bench.model(spec)
+        inherited = bench.inherit((params, state), shapes_of(spec))
+        assert set(leaves(shapes_of(spec, "nnx")[0])) == set(leaves(inherited[0]))
+        outputs, moved = all_cells(bench.one_hot(cell))
+        run = jax.jit(lambda *given, own=own: own.apply(*given, KEY, True), compiler_options=QUICK)
+        alone, own_moved = run(*inherited, {"image": IMAGE})
+        close(outputs, alone)
+        for name, x in leaves(own_moved).items():
+            close(leaves(moved)[name], x)
+    assert len(traces) == 1
+
+
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cell_by_hand():
+    """Pool and skip alone, no weights: 0 -skip-> 1 -pool-> 3 and 0 -pool-> 2 -skip-> 3."""
+    spec = bench.Spec((1, 4, 0, 0, 4, 1))
+    x = IMAGE[..., :1]
+    found = bench.run_cell(x, spec, None, None)
+    np.testing.assert_allclose(found, 2 * bench.pool(x), rtol=1e-6)
+    for at, count in (((0, 0), 4), ((0, 3), 6), ((4, 4), 9)):
+        rows, columns = (slice(max(a - 1, 0), a + 2) for a in at)
+        window = np.asarray(x[0, rows, columns, 0])
+        assert window.size == count
+        assert bench.pool(x)[0, *at, 0] == pytest.approx(window.mean(), abs=1e-6)
+    np.testing.assert_allclose(bench.halve(x)[0, 1, 2, 0], x[0, 2:4, 4:6, 0].mean(), rtol=1e-5)
+
+
+def test_linen_and_nnx_are_one_network():
+    """Without weights of the edges in Linen, and with equal ones in NNX."""
+    params, state = drawn(shapes_of(SMALL, "nnx"))
+    equal = np.full((6, 5), 0.2, np.float32)
+
+    def run(library, params, state, batch):
+        return bench.model(SMALL, library).apply(params, state, batch, KEY, True)
+
+    jitted = partial(jax.jit, compiler_options=QUICK)
+    one, moved = jitted(partial(run, "nnx"))(params, state, {"image": IMAGE, "edges": equal})
+    two, others = jitted(partial(run, "linen"))(params, {"batch_stats": state}, {"image": IMAGE})
+    close(one, two)
+    for name, x in leaves(moved).items():
+        close(leaves(others["batch_stats"])[name], x)
+
+
+def test_what_cannot_be_built_is_refused():
+    assert bench.one_hot(nasbench201().enumerate()[:2]).shape == (2, 6, 5)
+    with pytest.raises(ValueError, match="it is 6 numbers from 0 to 4"):
+        bench.Spec((0, 1, 2))
+    with pytest.raises(ValueError, match="at least 1"):
+        bench.Spec(width=0)
