@@ -1,7 +1,9 @@
 """Architecture search: spaces of configurations, and sub-networks that share weights."""
 
 from effjax.nas import proxies
+from effjax.nas.differentiable import Latency, darts
 from effjax.nas.dimensions import Choice, Float, Integer, Repeat, When
+from effjax.nas.found import CollapseWarning, extract
 from effjax.nas.groups import WidthSpace, width_space
 from effjax.nas.optuna_search import ASHA, NSGA2, TPE, Hyperband
 from effjax.nas.predictor import PredictorSearch
@@ -17,10 +19,12 @@ __all__ = [
     "NSGA2",
     "TPE",
     "Choice",
+    "CollapseWarning",
     "Evolution",
     "Float",
     "Hyperband",
     "Integer",
+    "Latency",
     "LocalSearch",
     "Oracle",
     "PredictorSearch",
@@ -34,6 +38,8 @@ __all__ = [
     "Trial",
     "When",
     "WidthSpace",
+    "darts",
+    "extract",
     "make_recalibrate",
     "nasbench201",
     "proxies",

@@ -12,6 +12,7 @@ from effjax.report.html import Section, image, page
 from effjax.report.latex import latex_document, latex_escape, latex_problems
 from effjax.report.layers import layer_facts, layers_plot
 from effjax.report.pareto import pareto_front
+from effjax.report.ranks import Correlation, spearman, spearman_interval
 from effjax.report.scatter import pareto_plot
 from effjax.report.statistics import (
     Interval,
@@ -29,6 +30,7 @@ __all__ = [
     "Cell",
     "Column",
     "Comparison",
+    "Correlation",
     "Front",
     "Grid",
     "Interval",
@@ -55,6 +57,8 @@ __all__ = [
     "pareto_front",
     "pareto_plot",
     "save",
+    "spearman",
+    "spearman_interval",
     "summarise",
     "welch",
     "whole",

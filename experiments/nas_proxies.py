@@ -1,0 +1,301 @@
+"""Zero-cost proxies on NAS-Bench-201: how they rank 1,000 cells beside 200 epochs of training.
+
+Every proxy scores the same random cells, untrained, on one batch of CIFAR-10; a score's ranking is
+compared with that of the table's validation accuracies (means over seeds) by Spearman's rho, with a
+95% bootstrap interval over cells. One compiled program scores all cells, as the network takes its
+architecture as an array. Cells of which a proxy has no score (nothing reaches the outputs) rank
+last. A cell's first seed is scored for all cells, two more (other weights, another batch) for the
+first of them.
+
+Published, on all 15,625 cells with networks of the benchmark's size (5 cells a stage, 16 channels,
+32 x 32 pixels, batches of 64): synflow 0.74, jacob_cov 0.73, snip 0.58, grad_norm 0.58, grasp 0.48,
+fisher 0.36. The networks here are smaller: 1 cell a stage, 16 channels, images of 16 x 16 (means of
+2 x 2 pixels), batches of 32. Parameters and MACs are those of the benchmark's size.
+
+Command: python -m experiments nas_proxies
+Cost: COST
+
+Papers: Abdelfattah et al. 2021, https://arxiv.org/abs/2101.08134; Mellor et al. 2021,
+https://arxiv.org/abs/2006.04647; Lin et al. 2021, https://arxiv.org/abs/2102.01063; Dong and Yang
+2020, https://arxiv.org/abs/2001.00326.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from effjax.core import PyTree
+from effjax.nas import proxies
+from effjax.nas.tabular import EDGES, OPERATIONS
+from effjax.report import Column, Table, spearman_interval, summarise
+from experiments.harness import data
+from experiments.harness.config import check
+from experiments.harness.errors import ConfigError
+from experiments.harness.progress import say
+from experiments.harness.runs import Run, open_run
+from experiments.harness.tables import load_table
+from experiments.models import nasbench201 as bench
+from experiments.sparse_report import cross_entropy, publish
+
+NAME = "nas_proxies"
+PUBLISHED = {
+    "synflow": 0.74,
+    "jacob_cov": 0.73,
+    "snip": 0.58,
+    "grad_norm": 0.58,
+    "grasp": 0.48,
+    "fisher": 0.36,
+}
+PROXIES = (*PUBLISHED, "naswot", "zen")
+SIZES = ("parameters", "MACs")
+# ReLUs' outputs enter all convolutions but the first one and the shortcuts.
+AFTER_RELU = r"(edge_.*|first|second)/conv/kernel$"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What may be changed.
+
+    Attributes:
+      cells: random cells of the table.
+      seed: of the choice of cells, and the first of weights and batches.
+      again: how many of the cells the two further seeds score.
+      batch: images.
+      width: channels of the first stage.
+      depth: cells in a stage.
+      pixels: the images' height and width, 32 or less: means over squares of pixels.
+      dataset: "cifar10"; "digits" needs no download.
+      save: whether to write experiments/results and docs/images.
+    """
+
+    cells: int = 1_000
+    seed: int = 0
+    again: int = 150
+    batch: int = 32
+    width: int = 16
+    depth: int = 1
+    pixels: int = 16
+    dataset: str = "cifar10"
+    save: bool = True
+
+    def __post_init__(self) -> None:
+        check(
+            self, cells=(3, 15_625), again=(3, 15_625), batch=(2, 4096), width=(1, 1024),
+            depth=(1, 100), pixels=(4, 32),
+        )  # fmt: skip
+        if self.again > self.cells:
+            raise ConfigError(f"again is {self.again} of {self.cells} cells; it is at most that.")
+
+
+def shrunk(images: np.ndarray, pixels: int) -> np.ndarray:
+    """Means over squares of pixels: float [n, pixels, pixels, channels].
+
+    Raises:
+      ConfigError: the size does not divide the images'.
+    """
+    n, size, _, channels = images.shape
+    if size % pixels:
+        raise ConfigError(f"images of {size} pixels have no equal squares for {pixels}.")
+    square = size // pixels
+    parts = images.reshape(n, pixels, square, pixels, square, channels)
+    return parts.mean((2, 4), dtype=np.float32)
+
+
+def active(edges: Array) -> dict[str, Array]:
+    """How much the layers of each operation count."""
+    return {
+        f"edge_{start}{end}_{o}": edges[e, OPERATIONS.index(o)]
+        for e, (start, end) in enumerate(EDGES)
+        for o in bench.CONVOLUTIONS
+    }
+
+
+def scorer(spec: bench.Spec) -> Callable[..., dict[str, Array]]:
+    """(edges, params, model_state, batch, key) -> {proxy: score}, one program for all cells."""
+    apply = bench.model(spec).apply
+    ending = bench.model(replace(spec, features=True)).apply
+
+    def scores(
+        edges: Array, params: PyTree, model_state: PyTree, batch: PyTree, key: Array
+    ) -> dict[str, Array]:
+        given = (apply, params, model_state, {**batch, "edges": edges})
+        counted = active(edges)
+        one, two = jax.random.split(key)
+        body = {name: x for name, x in params.items() if name != "head"}
+        drawn = proxies.gaussian(one, body)
+        return {
+            "synflow": proxies.synflow(*given, keep="^edges$"),
+            "jacob_cov": proxies.jacob_cov(*given),
+            "snip": proxies.snip(*given, cross_entropy),
+            "grad_norm": proxies.grad_norm(*given, cross_entropy),
+            "grasp": proxies.grasp(*given, cross_entropy),
+            "fisher": proxies.fisher(*given, cross_entropy),
+            "naswot": proxies.naswot(*given, select=AFTER_RELU, active=counted),
+            "zen": proxies.zen(ending, drawn, *given[2:], two, active=counted),
+        }
+
+    return jax.jit(scores)
+
+
+def sizes(genes: np.ndarray) -> dict[str, np.ndarray]:
+    """Parameters and MACs of the cells' networks in the benchmark's size."""
+    common, edges = bench.counts()
+    # Convolutions of a cell have the same MACs in every stage, and in all five cells of it.
+    macs = np.zeros((len(EDGES), len(OPERATIONS)))
+    for o, size in bench.CONVOLUTIONS.items():
+        macs[:, OPERATIONS.index(o)] = 15 * (size * 16 * 32) ** 2
+    places = np.arange(len(EDGES))
+    found = [table[places, genes].sum(axis=1) for table in (edges, macs)]
+    return {"parameters": common + found[0], "MACs": found[1]}
+
+
+class Bench:
+    """The cells, the images, and the program that scores."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.here = open_run(NAME, config)
+        self.table = load_table("cifar10")
+        rng = np.random.default_rng([config.seed, 0xCE115])
+        self.rows = rng.choice(len(self.table.genes), config.cells, replace=False)
+        self.genes = self.table.genes[self.rows]
+        found = data.load(config.dataset)
+        self.images = found.train
+        self.shift, self.scale = found.shift, found.scale
+        self.spec = bench.Spec(
+            width=config.width, cells=config.depth, channels=found.train.image.shape[-1]
+        )
+        self.scores = scorer(self.spec)
+
+    def begin(self, seed: int) -> tuple[PyTree, PyTree, dict[str, Array], Array]:
+        """Weights, statistics, a batch, and a key: by the seed."""
+        config = self.config
+        rng = np.random.default_rng([seed, 0xBA7C4])
+        chosen = rng.choice(len(self.images.label), config.batch, replace=False)
+        image = shrunk(self.images.image[chosen], config.pixels)
+        batch = {
+            "image": jnp.asarray((image - self.shift) * self.scale),
+            "label": jnp.asarray(self.images.label[chosen]),
+        }
+        init, key = jax.random.split(jax.random.key(seed))
+        params, state = jax.jit(bench.model(self.spec).init)(init, batch)
+        return params, state, batch, key
+
+    def score(self, part: Run, seed: int, count: int) -> list[dict[str, Any]]:
+        """One record for each of the first cells, going on where a killed run stopped."""
+        done = part.metrics.read()
+        given = self.begin(seed)
+        begun, first = time.monotonic(), len(done)
+        while len(done) < count:
+            fresh = []
+            for i in range(len(done), min(len(done) + 25, count)):
+                edges = jnp.asarray(bench.one_hot(self.genes[i]))
+                fresh.append(jax.device_get(self.scores(edges, *given)))
+            records = [
+                {"step": i, **{n: float(x) if np.isfinite(x) else str(x) for n, x in one.items()}}
+                for i, one in enumerate(fresh, len(done))
+            ]
+            part.metrics.append(records)
+            done += records
+            left = (time.monotonic() - begun) / (len(done) - first) * (count - len(done))
+            say(f"seed {seed}: {len(done)} of {count} cells, {left:.0f} s left")
+        return done
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Scores every cell, and reports."""
+    began = time.monotonic()
+    found = Bench(config)
+    accuracy = found.table.means[found.rows]
+    rows = []
+    for seed in range(config.seed, config.seed + 3):
+        count = config.cells if seed == config.seed else config.again
+        records = found.score(found.here.part(f"seed{seed}"), seed, count)
+        for name in PROXIES:
+            values = [float(record[name]) for record in records]
+            agreed = spearman_interval(values, accuracy[:count], seed=config.seed)
+            first = spearman_interval(
+                values[: config.again], accuracy[: config.again], seed=config.seed
+            )
+            rows.append(
+                {"name": name, "seed": seed, **agreed._asdict(), "subset": first.rho,
+                 "without": int(np.sum(~np.isfinite(values)))}
+            )  # fmt: skip
+    for name, size in sizes(found.genes).items():
+        agreed = spearman_interval(size, accuracy, seed=config.seed)
+        rows.append({"name": name, "seed": config.seed, **agreed._asdict(), "without": 0})
+    results: dict[str, Any] = {"rows": rows, "published": PUBLISHED}
+    results["genes"] = ["".join(map(str, g)) for g in found.genes.tolist()]
+    results["seconds"] = time.monotonic() - began
+    publish(found.here, results, tables, figures, config.save)
+    return {
+        r["name"]: f"{r['rho']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
+        for r in rows
+        if r["seed"] == config.seed
+    }
+
+
+def tables(results: dict[str, Any]) -> dict[str, Table]:
+    """Proxies down; rho with its interval, what was published, and over seeds."""
+    config, wide = results["config"], []
+    for r in results["rows"]:
+        row = {"name": r["name"], "seed": r["seed"]}
+        if "subset" in r:
+            row["subset"] = r["subset"]
+        if r["seed"] == config["seed"]:
+            mine = [s for s in results["rows"] if s["name"] == r["name"]]
+            shared = {key: r[key] for key in ("rho", "low", "high")}
+            published = results["published"].get(r["name"])
+            for own in mine:
+                extra = {} if published is None else {"published": published}
+                wide.append(
+                    {"name": r["name"], "seed": own["seed"], **shared, **extra,
+                     **({"subset": own["subset"]} if "subset" in own else {})}
+                )  # fmt: skip
+    columns = [
+        Column("rho", "Spearman's rho", ".2f", None),
+        Column("low", "95% from", ".2f", None),
+        Column("high", "to", ".2f", None),
+        Column("published", "published", ".2f", None),
+        Column("subset", f"{config['again']} cells, 3 seeds", ".2f", None),
+    ]
+    caption = (
+        f"Proxies against validation accuracy on CIFAR-10 of {config['cells']} random cells of "
+        f"NAS-Bench-201; {config['depth']} cell a stage of {config['width']} channels, "
+        f"{config['batch']} images of {config['pixels']} x {config['pixels']} pixels. Intervals by "
+        "bootstrap over cells; last column, mean ± standard deviation over weights and batches."
+    )
+    return {NAME: summarise(wide, columns, heading="proxy", caption=caption)}
+
+
+def figures(results: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    """Rho with intervals beside the published values."""
+    from effjax.report.canvas import COLOURS, GREY, new_figure, set_footer, style
+
+    first = [r for r in results["rows"] if r["seed"] == results["config"]["seed"]]
+    places = np.arange(len(first))
+    rho = np.array([r["rho"] for r in first])
+    bars = np.abs(np.array([[r["low"] for r in first], [r["high"] for r in first]]) - rho)
+    with style():
+        figure, axes = new_figure(6.0, 3.0)
+        axes.axhline(0, color=GREY, linewidth=0.8)
+        axes.errorbar(
+            places, rho, yerr=bars, fmt="o", color=COLOURS[0], markersize=4, capsize=2,
+            label="here, with 95% interval",
+        )  # fmt: skip
+        known = [i for i, r in enumerate(first) if r["name"] in results["published"]]
+        axes.plot(
+            places[known], [results["published"][first[i]["name"]] for i in known], "_",
+            color=COLOURS[1], markersize=16, markeredgewidth=2, label="published",
+        )  # fmt: skip
+        axes.set_xticks(places, [r["name"] for r in first], rotation=30, ha="right")
+        axes.set_ylabel("Spearman's rho with accuracy")
+        axes.legend(frameon=False)
+        set_footer(figure, source)
+    return {NAME: figure}
