@@ -75,8 +75,8 @@ class Config:
 
     seeds: int = 3
     seed: int = 0
-    steps: int = 800
-    every: int = 20
+    steps: int = 400
+    every: int = 10
     batch: int = 32
     images: int = 20_000
     width: int = 8
@@ -96,7 +96,7 @@ class Config:
 
 
 def interleaved(pairs: PyTree) -> PyTree:
-    """Pairs of examples [n, 2, ...] as a batch [2 n, ...] whose odd examples are the second ones."""
+    """Pairs of examples [n, 2, ...] as a batch [2 n, ...]: the second ones at odd places."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pairs)
 
 

@@ -35,6 +35,7 @@ def width(model):
 # name -> (model name -> Transform); the order is the order in which a chain takes them.
 TRANSFORMS = {
     "width": width,
+    "darts": lambda model: ej.nas.darts({"edges": 1}, ("skip", "flip", "tanh"), auxiliary=0.1),
     "magnitude": lambda model: ej.prune.magnitude(0.5, begin=0, end=3, select="kernel$"),
     "magnitude_global": lambda model: ej.prune.magnitude(
         0.8, begin=1, end=3, budget="global", select="kernel$"
@@ -108,7 +109,7 @@ PAIRS = list(itertools.combinations(PAIRED, 2))
 # The others meet quantization alone.
 PAIRS += [(name, "qat") for name in ("rigl", "sparse_momentum", "soft_threshold", "hard_concrete")]
 PAIRS += [(name, "qat") for name in ("group_lasso", "proximal_lasso", "ema")]
-PAIRS += [("qat", "features")]
+PAIRS += [("qat", "features"), ("darts", "qat"), ("darts", "magnitude"), ("darts", "distill")]
 
 
 def teacher():
@@ -132,6 +133,8 @@ def model_of(transforms, model):
         return ej.distill.peers(model, model), ej.distill.each(nets.loss)
     if "tokens" in transforms:
         return reading(model), nets.loss
+    if "darts" in transforms:
+        return mixing(model), nets.loss
     return model, soft if {"mixup", "cutmix"} & {*transforms} else nets.loss
 
 
@@ -140,6 +143,19 @@ def reading(model):
 
     def seen(batch):
         return {**batch, "image": batch["tokens"].reshape(-1, 8, 8, 1) / 4 - 1}
+
+    def apply(params, state, batch, key, train):
+        return model.apply(params, state, seen(batch), key, train)
+
+    return ej.Model(lambda key, batch: model.init(key, seen(batch)), apply)
+
+
+def mixing(model):
+    """The model behind one edge of three operations, whose weights the batch may hold."""
+
+    def seen(batch):
+        x, p = batch["image"], batch.get("edges", np.full((1, 3), 1 / 3, np.float32))[0]
+        return {**batch, "image": p[0] * x + p[1] * x[:, ::-1] + p[2] * jnp.tanh(x)}
 
     def apply(params, state, batch, key, train):
         return model.apply(params, state, seen(batch), key, train)

@@ -59,10 +59,10 @@ def darts(
         w = relax(a) + auxiliary(step) · [o is `skip`]
 
     there. In training the examples at even places of the batch train the network with w held fixed,
-    and those at odd places α with the network held fixed, in one step and one gradient; each half's
-    gradient is that of its own mean loss (the user's is to be a mean over examples). The two should
-    not share images: interleave a training and a validation set. The statistics of BatchNorm are
-    the even half's.
+    and those at odd places train the logits with the network held fixed, in one step and one
+    gradient; each half's gradient is that of its own mean loss (the user's is to be a mean over
+    examples). The two should not share images: interleave a training and a validation set. The
+    statistics of BatchNorm are the even half's.
 
     order=1: ∂L_val(θ, a)/∂a. order=2: d L_val(θ - ξ ∂L_train(θ, a)/∂θ, a)/da, as one step of
       gradient descent with `rate` ξ would leave the weights; exact, where the paper takes finite

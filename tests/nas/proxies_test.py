@@ -20,6 +20,20 @@ X, LABEL = RNG.normal(size=(8, 5)), RNG.integers(0, 3, 8)
 PARAMS = {f"layer{i}": {"kernel": jnp.asarray(w, jnp.float32)} for i, w in enumerate(WEIGHTS)}
 BATCH = {"image": jnp.asarray(X, jnp.float32), "label": jnp.asarray(LABEL)}
 GATES = jnp.ones(3)
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def quick(f, **fixed):
+    """A proxy, compiled in a hurry."""
+
+    def call(apply, params, state, batch, *rest):
+        run = jax.jit(
+            lambda *arrays: f(apply, *arrays, *rest, **fixed),
+            compiler_options=QUICK,
+        )
+        return np.asarray(run(params, state, batch))
+
+    return call
 
 
 def apply(params, model_state, batch, key, train):
@@ -63,12 +77,12 @@ def gradients(weights):
 
 def test_grad_norm_and_snip():
     grads, _ = gradients(WEIGHTS)
-    found = proxies.grad_norm(apply, PARAMS, {}, BATCH, loss)
+    found = quick(proxies.grad_norm)(apply, PARAMS, {}, BATCH, loss)
     assert found == pytest.approx(sum(np.linalg.norm(g) for g in grads), rel=1e-4)
     pairs = list(zip(WEIGHTS, grads, strict=True))
-    found = proxies.snip(apply, PARAMS, {}, BATCH, loss)
+    found = quick(proxies.snip)(apply, PARAMS, {}, BATCH, loss)
     assert found == pytest.approx(sum(np.abs(w * g).sum() for w, g in pairs), rel=1e-4)
-    last = proxies.snip(apply, PARAMS, {}, BATCH, loss, select="layer2")
+    last = quick(proxies.snip, select="layer2")(apply, PARAMS, {}, BATCH, loss)
     assert last == pytest.approx(np.abs(WEIGHTS[2] * grads[2]).sum(), rel=1e-4)
     with pytest.raises(SelectorError, match="matches no leaf"):
         proxies.snip(apply, PARAMS, {}, BATCH, loss, select="conv")
@@ -82,20 +96,20 @@ def test_grasp_by_differences_of_gradients():
     ]
     product = [(a - b) / 2e-5 for a, b in zip(*moved, strict=True)]
     wanted = -sum((w * p).sum() for w, p in zip(WEIGHTS, product, strict=True))
-    assert proxies.grasp(apply, PARAMS, {}, BATCH, loss) == pytest.approx(wanted, rel=1e-3)
+    assert quick(proxies.grasp)(apply, PARAMS, {}, BATCH, loss) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_synflow_by_products_of_absolute_weights():
     """Each layer's scores add up to R itself, so the sum is three times R."""
     a, b, c = (np.abs(w) for w in WEIGHTS)
     wanted = 3 * (np.ones((1, 5)) @ a @ b @ c).sum()
-    found = proxies.synflow(apply, PARAMS, {}, BATCH)
+    found = quick(proxies.synflow)(apply, PARAMS, {}, BATCH)
     assert found == pytest.approx(np.log(wanted), rel=1e-5)
     halved = {**BATCH, "gates": jnp.array([0.5, 1.0, 1.0])}
-    found = proxies.synflow(apply, PARAMS, {}, halved, keep="^gates$")
+    found = quick(proxies.synflow, keep="^gates$")(apply, PARAMS, {}, halved)
     assert found == pytest.approx(np.log(wanted / 2), rel=1e-5)
     off = {**BATCH, "gates": jnp.array([1.0, 0.0, 1.0])}
-    assert proxies.synflow(apply, PARAMS, {}, off, keep="^gates$") == -np.inf
+    assert quick(proxies.synflow, keep="^gates$")(apply, PARAMS, {}, off) == -np.inf
 
 
 def test_fisher_by_activations_and_their_gradients():
@@ -104,7 +118,7 @@ def test_fisher_by_activations_and_their_gradients():
     wanted = sum(
         0.5 * np.square(a * g).mean(axis=0).sum() for a, g in zip(outs, by_outs, strict=True)
     )
-    assert proxies.fisher(apply, PARAMS, {}, BATCH, loss) == pytest.approx(wanted, rel=1e-4)
+    assert quick(proxies.fisher)(apply, PARAMS, {}, BATCH, loss) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_fisher_sums_over_positions():
@@ -125,7 +139,7 @@ def test_fisher_sums_over_positions():
 
     out = np.asarray(convolve(kernel, image), np.float64)
     gates = (out * 3 * out**2 / out.size).sum(axis=(1, 2))
-    found = proxies.fisher(conv, {"kernel": kernel}, {}, {"image": image}, cubes)
+    found = quick(proxies.fisher)(conv, {"kernel": kernel}, {}, {"image": image}, cubes)
     assert found == pytest.approx(0.5 * np.square(gates).mean(0).sum(), rel=1e-4)
 
 
@@ -135,7 +149,7 @@ def test_jacob_cov():
     jacobian = backward(WEIGHTS, ins, outs, np.ones((3, 3)))[0] @ WEIGHTS[0].T
     values = np.linalg.eigvalsh(np.corrcoef(jacobian))
     wanted = -np.sum(np.log(values + 1e-5) + 1 / (values + 1e-5))
-    assert proxies.jacob_cov(apply, PARAMS, {}, few) == pytest.approx(wanted, rel=1e-3)
+    assert quick(proxies.jacob_cov)(apply, PARAMS, {}, few) == pytest.approx(wanted, rel=1e-3)
     assert proxies.spread(jnp.asarray(RNG.permutation(np.eye(4)))) == pytest.approx(
         -np.sum([np.log(x + 1e-5) + 1 / (x + 1e-5) for x in (0, 4 / 3, 4 / 3, 4 / 3)]), rel=1e-3
     )
@@ -150,12 +164,12 @@ def test_naswot_by_hamming_distances():
     for x in ins[1:3]:
         on = x > 0
         kernel += (on[:, None] == on[None]).sum(-1)
-    found = proxies.naswot(apply, PARAMS, {}, BATCH, select=r"layer[12]")
+    found = quick(proxies.naswot, select=r"layer[12]")(apply, PARAMS, {}, BATCH)
     assert found == pytest.approx(np.linalg.slogdet(kernel)[1], rel=1e-4)
     half = {"layer1": jnp.array(0.5), "layer2": jnp.array(1.0)}
     counted = 0.5 * (np.equal(ins[1][:, None] > 0, ins[1][None] > 0)).sum(-1)
     counted += (np.equal(ins[2][:, None] > 0, ins[2][None] > 0)).sum(-1)
-    found = proxies.naswot(apply, PARAMS, {}, BATCH, select=r"layer[12]", active=half)
+    found = quick(proxies.naswot, select=r"layer[12]", active=half)(apply, PARAMS, {}, BATCH)
     assert found == pytest.approx(np.linalg.slogdet(counted)[1], rel=1e-4)
     with pytest.raises(SelectorError, match="match none"):
         proxies.naswot(apply, PARAMS, {}, BATCH, active={"conv": jnp.ones(())})
@@ -172,7 +186,7 @@ def test_zen():
         return (x - x.mean(0)) / jnp.sqrt(var), moved
 
     key, old = jax.random.key(5), {"norm": {"var": jnp.full(4, 9.0)}}
-    found = proxies.zen(normed, {"kernel": kernel}, old, BATCH, key)
+    found = quick(proxies.zen)(normed, {"kernel": kernel}, old, BATCH, key)
     keys = jax.random.split(key, 3)
     x, noise = (np.asarray(jax.random.normal(k, (8, 5)), np.float64) for k in keys[:2])
 
@@ -183,12 +197,12 @@ def test_zen():
     (a, variance), (b, _) = f(x), f(x + 0.01 * noise)
     wanted = np.log(np.abs(a - b).sum() / 8) + 0.5 * np.log(variance.mean())
     assert found == pytest.approx(wanted, rel=1e-3)
-    without = proxies.zen(
-        normed, {"kernel": kernel}, old, BATCH, key, active={"norm": jnp.zeros(())}
+    without = quick(proxies.zen, active={"norm": jnp.zeros(())})(
+        normed, {"kernel": kernel}, old, BATCH, key
     )
     assert without == pytest.approx(np.log(np.abs(a - b).sum() / 8), rel=1e-3)
-    drawn = proxies.gaussian(key, {"a": {"kernel": jnp.zeros((50, 40)), "bias": jnp.zeros(3)}})
-    assert np.std(drawn["a"]["kernel"]) == pytest.approx(1, abs=0.05)
+    drawn = proxies.gaussian(key, {"a": {"kernel": jnp.zeros((100, 100)), "bias": jnp.zeros(3)}})
+    assert float(np.std(drawn["a"]["kernel"])) == pytest.approx(1, abs=0.04)
     assert not np.any(drawn["a"]["bias"])
 
 
@@ -216,33 +230,33 @@ def test_one_program_scores_candidates_alone_and_in_a_batch():
         )
 
     candidates = jnp.asarray(RNG.uniform(0.5, 2, (3, 3)), jnp.float32)
-    jitted = jax.jit(score)
+    jitted = jax.jit(score, compiler_options=QUICK)
     each = jnp.stack([jitted(gates) for gates in candidates])
     assert len(traces) == 1
-    together = jax.jit(jax.vmap(score))(candidates)
+    together = jax.jit(jax.vmap(score), compiler_options=QUICK)(candidates)
     np.testing.assert_allclose(together, each, rtol=1e-3)
     doubled = {**PARAMS, "layer1": {"kernel": 2 * PARAMS["layer1"]["kernel"]}}
-    scaled = proxies.snip(apply, doubled, {}, BATCH, loss)
-    assert score(jnp.array([1.0, 2.0, 1.0]))[1] == pytest.approx(scaled, rel=1e-4)
+    scaled = quick(proxies.snip)(apply, doubled, {}, BATCH, loss)
+    assert float(jitted(jnp.array([1.0, 2.0, 1.0]))[1]) == pytest.approx(scaled, rel=1e-4)
 
 
 @pytest.mark.parametrize("library", ["linen", "nnx"])
 def test_flax_models(library):
     """BatchNorm, dropout and convolutions in both libraries: the numbers are finite."""
     model = {"linen": nets.linen, "nnx": nets.nnx_}[library]()
+    shapes = jax.eval_shape(model.init, jax.random.key(0), nets.BATCH)
+    rng = np.random.default_rng(0)
+    drawn = jax.tree.map(lambda x: jnp.asarray(rng.uniform(-0.5, 1, x.shape), x.dtype), shapes)
 
-    @jax.jit
-    def scores(key):
-        given = (model.apply, *model.init(key, nets.BATCH), nets.BATCH)
-        return [
-            proxies.snip(*given, nets.loss),
+    def scores(params, state):
+        given = (model.apply, params, state, nets.BATCH)
+        found = [
             proxies.fisher(*given, nets.loss),
             proxies.synflow(*given),
             proxies.naswot(*given, select="conv2|head"),
-            proxies.zen(*given, key),
         ]
+        return jnp.stack(found)
 
-    assert np.isfinite(scores(jax.random.key(0))).all()
-    given = jax.eval_shape(model.init, jax.random.key(0), nets.BATCH)
-    assert proxies.macs(model.apply, *given, nets.BATCH) == 8 * 8 * 9 * 8 + 4 * 4 * 72 * 16 + 128
+    assert np.isfinite(jax.jit(scores, compiler_options=QUICK)(*drawn)).all()
+    assert proxies.macs(model.apply, *shapes, nets.BATCH) == 8 * 8 * 9 * 8 + 4 * 4 * 72 * 16 + 128
     assert ej.nas.proxies is proxies
