@@ -172,6 +172,9 @@ class Bench:
             width=config.width, cells=config.depth, channels=found.train.image.shape[-1]
         )
         self.scores = scorer(self.spec)
+        # Random numbers take XLA long to optimize and are drawn once.
+        quick = {"xla_backend_optimization_level": 0}
+        self.init = jax.jit(bench.model(self.spec).init, compiler_options=quick)
 
     def begin(self, seed: int) -> tuple[PyTree, PyTree, dict[str, Array], Array]:
         """Weights, statistics, a batch, and a key: by the seed."""
@@ -184,10 +187,7 @@ class Bench:
             "label": jnp.asarray(self.images.label[chosen]),
         }
         init, key = jax.random.split(jax.random.key(seed))
-        # Random numbers take XLA long to optimize and are drawn once.
-        quick = {"xla_backend_optimization_level": 0}
-        model = bench.model(self.spec)
-        params, state = jax.jit(model.init, compiler_options=quick)(init, batch)
+        params, state = self.init(init, batch)
         return params, state, batch, key
 
     def score(self, part: Run, seed: int, count: int) -> list[dict[str, Any]]:
@@ -231,7 +231,7 @@ def run(config: Config) -> dict[str, Any]:
                  "without": int(np.sum(~np.isfinite(values)))}
             )  # fmt: skip
     for name, size in sizes(found.genes).items():
-        agreed = spearman_interval(size.tolist(), accuracy, seed=config.seed)
+        agreed = spearman_interval(size, accuracy, seed=config.seed)
         rows.append({"name": name, "seed": config.seed, **agreed._asdict(), "without": 0})
     results: dict[str, Any] = {"rows": rows, "published": PUBLISHED}
     results["genes"] = ["".join(map(str, g)) for g in found.genes.tolist()]

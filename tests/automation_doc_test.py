@@ -11,12 +11,14 @@ PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "automation.md").read_te
 def test_the_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     names: dict = {"__name__": "page"}
     for block in blocks:
         exec(compile(block, "docs/automation.md", "exec"), names)
     assert names["best"]["width"] == 64
     assert len(names["front"]) >= 2
+    assert len({float(score) for score in names["scores"]}) == 3
+    assert names["genes"].shape == (1,)
     assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 1 + 2 * 60
 
 

@@ -109,7 +109,7 @@ PAIRS = list(itertools.combinations(PAIRED, 2))
 # The others meet quantization alone.
 PAIRS += [(name, "qat") for name in ("rigl", "sparse_momentum", "soft_threshold", "hard_concrete")]
 PAIRS += [(name, "qat") for name in ("group_lasso", "proximal_lasso", "ema")]
-PAIRS += [("qat", "features"), ("darts", "qat"), ("darts", "magnitude"), ("darts", "distill")]
+PAIRS += [("qat", "features"), ("darts", "qat"), ("darts", "distill")]
 
 
 def teacher():

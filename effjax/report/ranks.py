@@ -1,9 +1,9 @@
 """Agreement of two rankings: Spearman's correlation, and how certain it is."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from effjax.errors import ReportError
 
@@ -17,7 +17,7 @@ class Correlation(NamedTuple):
     n: int
 
 
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """The correlation of the ranks, in [-1, 1]; equal values share the mean of their ranks.
 
     Infinite values rank at the ends; NaN, where a score does not exist, below all others.
@@ -37,8 +37,8 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def spearman_interval(
-    a: Sequence[float],
-    b: Sequence[float],
+    a: ArrayLike,
+    b: ArrayLike,
     *,
     level: float = 0.95,
     resamples: int = 1_000,
@@ -49,19 +49,20 @@ def spearman_interval(
     Raises:
       ReportError: as `spearman`.
     """
-    x, y = _pairs(a, b)
-    rng, found = np.random.default_rng([seed, 0x5BEA2]), []
-    for _ in range(resamples):
-        drawn = rng.integers(0, len(x), len(x))
-        one, two = _ranks(x[drawn]), _ranks(y[drawn])
-        if np.ptp(one) and np.ptp(two):
-            found.append(_rho(one, two))
-    rho = spearman(x, y)
-    low, high = np.quantile(found or [rho], [(1 - level) / 2, (1 + level) / 2])
-    return Correlation(rho, float(low), float(high), len(x))
+    from scipy.stats import rankdata
+
+    ranks = [_ranks(x) for x in _pairs(a, b)]
+    size = len(ranks[0])
+    drawn = np.random.default_rng([seed, 0x5BEA2]).integers(0, size, (resamples, size))
+    # Ranks of ranks are the ranks of the values.
+    one, two = (rankdata(r[drawn], axis=1) for r in ranks)
+    found = _rho(one, two)
+    # A resample in which all values are alike has none.
+    low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return Correlation(spearman(a, b), float(low), float(high), size)
 
 
-def _pairs(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def _pairs(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if x.shape != y.shape or x.ndim != 1 or len(x) < 2:
         raise ReportError(
@@ -83,6 +84,8 @@ def _ranks(x: np.ndarray) -> np.ndarray:
     return ranked
 
 
-def _rho(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+def _rho(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Correlations along the last axis; NaN where one side is constant."""
+    a, b = (x - x.mean(-1, keepdims=True) for x in (a, b))
+    norm = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    return np.where(norm > 0, (a * b).sum(-1) / np.where(norm > 0, norm, 1), np.nan)

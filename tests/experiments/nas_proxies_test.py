@@ -1,0 +1,111 @@
+"""Proxies and DARTS on a table: what is written from tiny runs on digits."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.nas import Table, nasbench201
+from effjax.nas.tabular import OPERATIONS
+from experiments import nas_darts, nas_proxies, sparse_report
+from experiments.harness.errors import ConfigError
+from experiments.models import nasbench201 as bench
+
+
+def toy(_):
+    """Cells are better by their 3x3 convolutions."""
+    space = nasbench201()
+    genes = space.enumerate()
+    value = 80.0 + 2 * (genes == 3).sum(axis=1)
+    return Table(space, value[:, None], np.full(len(genes), 50.0))
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFJAX_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(sparse_report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sparse_report, "IMAGES", tmp_path / "images")
+    for module in (nas_proxies, nas_darts):
+        monkeypatch.setattr(module, "load_table", toy)
+    return tmp_path
+
+
+def fake(spec):
+    """A scorer that knows the number of convolutions, and calls 100 times for none."""
+
+    def scores(edges, *_):
+        threes = float(edges[:, OPERATIONS.index("conv3x3")].sum())
+        return {name: np.float32(threes or np.nan) for name in nas_proxies.PROXIES}
+
+    return scores
+
+
+def test_proxies_are_compared_and_go_on_where_they_stopped(folders, monkeypatch):
+    config = nas_proxies.Config(cells=40, again=30, batch=8, pixels=4, width=2, dataset="digits")
+    monkeypatch.setattr(nas_proxies, "scorer", fake)
+    shown = nas_proxies.run(config)
+    assert shown["snip"].startswith("1.00 [1.00, 1.00]")
+    found = json.loads((folders / "results" / "nas_proxies.json").read_text())
+    assert {row["name"] for row in found["rows"]} == {*nas_proxies.PROXIES, *nas_proxies.SIZES}
+    missing = {row["without"] for row in found["rows"] if row["name"] == "zen"}
+    assert missing != {0}
+    assert "| synflow |" in (folders / "results" / "nas_proxies.md").read_text()
+    assert (folders / "images" / "nas_proxies.png").read_bytes().startswith(b"\x89PNG")
+
+    def again(spec):
+        raise AssertionError
+
+    monkeypatch.setattr(nas_proxies, "scorer", lambda spec: again)
+    assert nas_proxies.run(config) == shown  # from the records alone
+
+
+def test_sizes_and_images():
+    genes = np.array([[3, 3, 3, 1, 3, 2], [0, 0, 0, 0, 0, 0]])
+    found = nas_proxies.sizes(genes)
+    assert found["parameters"].tolist() == [1_073_466, 73_306]
+    # 15 cells, 32 x 32 pixels of 16 x 16 channels or as much: four 3x3 and one 1x1.
+    assert found["MACs"].tolist() == [15 * 32 * 32 * 16 * 16 * (4 * 9 + 1), 0]
+    image = np.arange(16, dtype=np.uint8).reshape(1, 4, 4, 1)
+    assert nas_proxies.shrunk(image, 2)[0, :, :, 0].tolist() == [[2.5, 4.5], [10.5, 12.5]]
+    with pytest.raises(ConfigError, match="no equal squares"):
+        nas_proxies.shrunk(image, 3)
+    with pytest.raises(ConfigError, match="at most that"):
+        nas_proxies.Config(cells=10, again=11)
+
+
+@pytest.mark.slow
+def test_every_proxy_scores_the_real_network():
+    spec = bench.Spec(width=2, cells=1)
+    scores = nas_proxies.scorer(spec)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": jnp.asarray(rng.normal(size=(6, 8, 8, 3)), jnp.float32),
+        "label": jnp.arange(6) % 10,
+    }
+    params, state = jax.jit(bench.model(spec).init)(jax.random.key(0), batch)
+    for cell in ((3, 3, 3, 1, 3, 2), (0, 0, 0, 0, 0, 0)):
+        found = scores(jnp.asarray(bench.one_hot(cell)), params, state, batch, jax.random.key(1))
+        assert set(found) == set(nas_proxies.PROXIES)
+        if cell[0]:
+            assert all(np.isfinite(x) for x in found.values())
+        else:  # nothing reaches the outputs
+            assert found["snip"] == pytest.approx(0, abs=1e-6)
+            assert not np.isfinite(found["jacob_cov"])
+
+
+@pytest.mark.slow
+def test_searches_are_looked_up_and_written(folders):
+    config = nas_darts.Config(
+        seeds=1, steps=4, every=2, batch=4, images=64, width=2, pixels=4, dataset="digits"
+    )
+    shown = nas_darts.run(config)
+    assert set(shown) == set(nas_darts.ARMS)
+    found = json.loads((folders / "results" / "nas_darts.json").read_text())
+    for row in found["rows"]:
+        assert row["steps"] == [2, 4]
+        genes = [int(digit) for digit in row["cell"]]
+        assert row["final"] == 80 + 2 * genes.count(3)
+        assert row["final_skips"] == genes.count(1)
+    assert (folders / "images" / "nas_darts.png").read_bytes().startswith(b"\x89PNG")
