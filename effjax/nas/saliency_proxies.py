@@ -114,21 +114,23 @@ def fisher(
     select: str = KERNELS,
     key: Array | None = None,
 ) -> Array:
-    """The sum over channels of the Fisher saliencies of activations: Σ_c ½ mean_n (∂L/∂z_nc)².
+    """The sum of the channels' Fisher saliencies: Σ_c k_c ½ mean_n (∂L/∂z_nc)².
 
     z_nc = 1 multiplies channel c of example n of what a selected weight computes, so that its
-    derivative is the sum over positions of activation times gradient. Examples lie along the first
-    axis of every such result, channels along the last.
+    derivative is the sum over positions of activation times gradient. k_c is the number of weights
+    that the channel has: the proxies' authors give each of them the channel's saliency, and sum
+    over weights. Examples lie along the first axis of every such result, channels along the last.
 
     References: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018,
     https://arxiv.org/abs/1801.05787; Turner et al., "BlockSwap", 2020,
     https://arxiv.org/abs/1906.04113.
     """
-    examples: dict[str, int] = {}
+    counts: dict[str, float] = {}
 
     def blank(op: Operation) -> tuple[Array, PyTree]:
+        assert op.site.weight is not None
         out = op.run(*op.operands)
-        examples[op.site.path] = len(out)
+        counts[op.site.path] = op.operands[op.site.weight].size / out.shape[-1] / len(out)
         return out, jnp.zeros((len(out), *[1] * (out.ndim - 2), out.shape[-1]))
 
     def gated(op: Operation) -> tuple[Array, PyTree]:
@@ -145,7 +147,7 @@ def fisher(
         return loss(outputs, batch)
 
     slopes = jax.grad(objective)(gates)
-    return total(jnp.sum(jnp.square(s)) / examples[path] for path, s in slopes.items()) / 2
+    return total(counts[path] * jnp.sum(jnp.square(s)) for path, s in slopes.items()) / 2
 
 
 def _objective(

@@ -116,7 +116,8 @@ def test_fisher_by_activations_and_their_gradients():
     _, outs = forward(WEIGHTS, X)
     _, by_outs = gradients(WEIGHTS)
     wanted = sum(
-        0.5 * np.square(a * g).mean(axis=0).sum() for a, g in zip(outs, by_outs, strict=True)
+        0.5 * len(w) * np.square(a * g).mean(axis=0).sum()
+        for w, a, g in zip(WEIGHTS, outs, by_outs, strict=True)
     )
     assert quick(proxies.fisher)(apply, PARAMS, {}, BATCH, loss) == pytest.approx(wanted, rel=1e-4)
 
@@ -140,7 +141,7 @@ def test_fisher_sums_over_positions():
     out = np.asarray(convolve(kernel, image), np.float64)
     gates = (out * 3 * out**2 / out.size).sum(axis=(1, 2))
     found = quick(proxies.fisher)(conv, {"kernel": kernel}, {}, {"image": image}, cubes)
-    assert found == pytest.approx(0.5 * np.square(gates).mean(0).sum(), rel=1e-4)
+    assert found == pytest.approx(0.5 * 18 * np.square(gates).mean(0).sum(), rel=1e-4)
 
 
 def test_jacob_cov():
