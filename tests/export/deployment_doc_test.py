@@ -40,12 +40,8 @@ def test_the_examples_classify(tmp_path, capsys):
     x = images(shape, 7)
     label = np.asarray(jax.jit(apply)(x)).argmax(-1)
     np.savez(tmp_path / "test.npz", input=x, label=np.where(np.arange(7) < 5, label, label + 1))
-    aval = jax.ShapeDtypeStruct((3, *shape), x.dtype)
-    files = {
-        "onnx": to_onnx(
-            apply, jax.ShapeDtypeStruct((jax.export.symbolic_shape("n")[0], *shape), x.dtype)
-        )
-    }
+    (n,) = jax.export.symbolic_shape("n")
+    files = {"onnx": to_onnx(apply, jax.ShapeDtypeStruct((n, *shape), x.dtype))}
     try:
         import litert_converter  # noqa: F401
 
