@@ -121,7 +121,11 @@ def _device(name: str, result: Any) -> str:
             f"the candidate {name!r} returned no jax array ({type(result).__name__}), so there is "
             "nothing to wait for. Return the jitted function's result."
         )
-    device = min(arrays[0].devices(), key=lambda d: d.id)
+    return device_name(min(arrays[0].devices(), key=lambda d: d.id))
+
+
+def device_name(device: Any) -> str:
+    """What times on a jax device are times of: the accelerator's kind, or the processor's model."""
     if device.platform != "cpu":
         return f"{device.device_kind} ({device.platform})"
     return f"{_cpu_model()}, {os.cpu_count()} cores (cpu)"

@@ -1,10 +1,11 @@
 """Architecture search: spaces of configurations, and sub-networks that share weights."""
 
-from effjax.nas import proxies
+from effjax.nas import pbt, proxies
 from effjax.nas.differentiable import Latency, darts
 from effjax.nas.dimensions import Choice, Float, Integer, Repeat, When
 from effjax.nas.found import CollapseWarning, extract
 from effjax.nas.groups import WidthSpace, width_space
+from effjax.nas.hardware import Constrained, mnasnet_reward, within
 from effjax.nas.optuna_search import ASHA, NSGA2, TPE, Hyperband
 from effjax.nas.predictor import PredictorSearch
 from effjax.nas.search import Search, Stopper, Strategy, Trial
@@ -20,6 +21,7 @@ __all__ = [
     "TPE",
     "Choice",
     "CollapseWarning",
+    "Constrained",
     "Evolution",
     "Float",
     "Hyperband",
@@ -41,10 +43,13 @@ __all__ = [
     "darts",
     "extract",
     "make_recalibrate",
+    "mnasnet_reward",
     "nasbench201",
+    "pbt",
     "proxies",
     "subnet",
     "trace",
     "width",
     "width_space",
+    "within",
 ]

@@ -17,10 +17,11 @@ _USAGE = """usage: python -m experiments list
        python -m experiments NAME [--id ID] [--FIELD VALUE ...]
        python -m experiments NAME --help
        python -m experiments sweep NAME --over FIELD=a,b,c FIELD=0..4 [--FIELD VALUE ...]
+       python -m experiments search NAME --over FIELD=a,b,c --maximize RESULT [--storage URL] ...
        python -m experiments report RUNS ... [--quality a] [--cost b] [--out FOLDER]
 
-Runs and sweeps also take --track tensorboard wandb mlflow: metrics go there too; and --profile N:
-a profiler trace of N steps, in the run's folder.
+Runs, sweeps and searches also take --track tensorboard wandb mlflow: metrics go there too; and
+--profile N: a profiler trace of N steps, in the run's folder.
 
 Runs go to runs/NAME/ID, or below $EFFJAX_RUNS. The same command again goes on with the same run.
 """
@@ -41,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _list(words[1:])
         if words[0] == "report":
             return _report(words[1:])
-        if words[0] == "sweep":
-            return _sweep(words[1:])
+        if words[0] in ("sweep", "search"):
+            return _many(words[0], words[1:])
         return _run(words[0], words[1:])
     except ExperimentError as error:
         say(f"error: {error}")
@@ -77,17 +78,20 @@ def _report(rest: list[str]) -> int:
         raise ExperimentError(str(error)) from error
 
 
-def _sweep(rest: list[str]) -> int:
+def _many(command: str, rest: list[str]) -> int:
+    """`sweep` or `search`: many runs of one experiment."""
     if not rest or rest[0].startswith("-"):
-        raise UsageError("`sweep` takes an experiment's name first: sweep train --over seed=0..4")
+        raise UsageError(
+            f"`{command}` takes an experiment's name first: {command} train --over seed=0..4"
+        )
     _find(rest[0])
     from experiments.harness.profiling import profile_steps
-    from experiments.harness.sweep import main as sweep
     from experiments.harness.tracking import track_to
 
+    main = importlib.import_module(f"experiments.harness.{command}").main
     own, words = _common(rest[1:])
     with _stoppable(rest[0]), track_to(own.track), profile_steps(own.profile):
-        return sweep(rest[0], _import(rest[0]), words)
+        return main(rest[0], _import(rest[0]), words)
 
 
 def _run(name: str, rest: list[str]) -> int:

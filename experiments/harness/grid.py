@@ -8,7 +8,7 @@ import itertools
 import re
 import shlex
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.harness.config import as_dict
@@ -90,6 +90,24 @@ def make_grid(config: type, over: Mapping[str, list[str]], fixed: Sequence[str],
       UsageError: an unknown field (with those that come near), a value that does not parse or
         that the config refuses, a field both swept and fixed, a value twice.
     """
+    base, values = parse_values(config, over, fixed, prog)
+    points = [
+        dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())
+    ]
+    configs = []
+    for point in points:
+        made = base
+        for field, value in point.items():
+            made = replace(made, field, value)
+        configs.append(made)
+    plain = fixed_fields(base, over)
+    return Grid(as_dict(values), plain, [as_dict(point) for point in points], configs)
+
+
+def parse_values(
+    config: type, over: Mapping[str, list[str]], fixed: Sequence[str], prog: str
+) -> tuple[Any, dict[str, list[Any]]]:
+    """A config with the first value of every field, and all values of each; see `make_grid`."""
     kinds = dict(_fields(config))
     for field in over:
         _check_field(field, kinds, fixed)
@@ -105,20 +123,16 @@ def make_grid(config: type, over: Mapping[str, list[str]], fixed: Sequence[str],
         values[field] = [_get(parsed({**first, field: text}), field) for text in texts]
         _check_distinct(field, values[field], texts)
     if "save" in kinds and "save" not in over and "--save" not in fixed:
-        base = _replace(base, "save", False)  # runs of a sweep are none that is published
-    points = [
-        dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())
-    ]
-    configs = []
-    for point in points:
-        made = base
-        for field, value in point.items():
-            made = _replace(made, field, value)
-        configs.append(made)
+        base = replace(base, "save", False)  # runs of a sweep are none that is published
+    return base, values
+
+
+def fixed_fields(base: Any, over: Iterable[str]) -> dict[str, Any]:
+    """The fields of a config that `over` does not name, as JSON."""
     plain = as_dict(base)
     for field in over:
         _remove(plain, field.split("."))
-    return Grid(as_dict(values), plain, [as_dict(point) for point in points], configs)
+    return plain
 
 
 def _fields(config: type, before: str = "") -> Iterator[tuple[str, Any]]:
@@ -184,9 +198,10 @@ def _get(config: Any, field: str) -> Any:
     return config
 
 
-def _replace(config: Any, field: str, value: Any) -> Any:
+def replace(config: Any, field: str, value: Any) -> Any:
+    """The config with another value of a field; `outer.inner` is one of a dataclass in it."""
     name, _, rest = field.partition(".")
-    inner = _replace(getattr(config, name), rest, value) if rest else value
+    inner = replace(getattr(config, name), rest, value) if rest else value
     return dataclasses.replace(config, **{name: inner})
 
 
