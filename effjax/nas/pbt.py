@@ -155,9 +155,8 @@ def copied(states: Any, parents: Array) -> Any:
     )
 
 
-def evolve(
+def decide(
     key: Array,
-    states: Any,
     hypers: Hypers,
     scores: Array,
     priors: Mapping[str, Prior],
@@ -165,6 +164,21 @@ def evolve(
     fraction: float = 0.2,
     factors: tuple[float, float] = (0.8, 1.2),
     resample: float = 0.25,
+) -> Event:
+    """Who copies whom and what is explored: `evolve` without states, for runs that are elsewhere.
+
+    Args: see `evolve`.
+    """
+    first, second = jax.random.split(key)
+    parents = truncation(first, scores, fraction)
+    moved = parents != jnp.arange(len(parents))
+    inherited = {name: values[parents] for name, values in hypers.items()}
+    after = explore(second, inherited, moved, priors, factors, resample)
+    return Event(parents, jnp.asarray(scores, jnp.float32), hypers, after)
+
+
+def evolve(
+    key: Array, states: Any, hypers: Hypers, scores: Array, priors: Mapping[str, Prior], **how: Any
 ) -> tuple[Any, Hypers, Event]:
     """Exploit and explore: one round's end, for all runs.
 
@@ -177,19 +191,14 @@ def evolve(
       states: of `effjax.population`, side by side or mapped.
       hypers: {name: [K]}.
       scores: [K], larger is better.
-      priors, factors, resample: see `explore`.
-      fraction: see `truncation`.
+      priors: {name: Prior}; hyper-parameters without one go with the copies and stay as they are.
+      **how: `fraction` of `truncation`; `factors` and `resample` of `explore`.
 
     Returns:
       The states and hyper-parameters to go on with, and what was decided.
     """
-    first, second = jax.random.split(key)
-    parents = truncation(first, scores, fraction)
-    moved = parents != jnp.arange(len(parents))
-    inherited = {name: values[parents] for name, values in hypers.items()}
-    after = explore(second, inherited, moved, priors, factors, resample)
-    event = Event(parents, jnp.asarray(scores, jnp.float32), hypers, after)
-    return copied(states, parents), after, event
+    event = decide(key, hypers, scores, priors, **how)
+    return copied(states, event.parent), event.after, event
 
 
 def check_priors(priors: Mapping[str, Prior], hypers: Mapping[str, Any] | None = None) -> None:

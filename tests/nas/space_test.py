@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from effjax.errors import SetupError
@@ -110,6 +112,39 @@ def test_json_and_digest():
     assert PLAIN.digest != NESTED.digest
     assert LIMITED.digest != Space(LIMITED.dimensions).digest
     assert "bits: 2, 3, 4 (3) if kind in ['q', 'p']" in repr(NESTED)
+
+
+@st.composite
+def dimensions(draw):
+    """Some dimensions, some of which wait for an earlier one, and perhaps cells of them."""
+    found = {}
+    for name in draw(st.sampled_from(["a", "ab", "abc"])):
+        low = draw(st.integers(-2, 2))
+        kinds = [Integer(low, low + 2), Choice(("x", None, True)), Float(0.5, 1.5, 2), Choice((7,))]
+        dimension = draw(st.sampled_from(kinds))
+        if found and draw(st.booleans()):
+            on = draw(st.sampled_from(sorted(found)))
+            values = Space(found).values[list(found).index(on)]
+            kept = draw(st.lists(st.sampled_from(values), min_size=1, unique_by=repr))
+            dimension = When(on, tuple(kept), dimension)
+        found[name] = dimension
+    return {"cell": Repeat(2, found)} if draw(st.booleans()) else found
+
+
+@settings(max_examples=12, deadline=None)
+@given(dimensions())
+def test_of_any_space(found):
+    space = Space(found)
+    every = space.enumerate()
+    assert space.size == len(every) == len({row.tobytes() for row in every})
+    picked = every[:: max(1, len(every) // 8)]
+    assert all(np.array_equal(space.encode(space.decode(row)), row) for row in picked)
+    assert bool(space.valid(jnp.asarray(every)).all())
+    assert Space.from_json(space.to_json()).digest == space.digest
+    near = space.neighbours(picked[-1])
+    assert {row.tobytes() for row in near} <= {row.tobytes() for row in every}
+    assert picked[-1].tobytes() not in {row.tobytes() for row in near}
+    assert str(space).startswith(f"Space of {space.size:,} configurations")
 
 
 @pytest.mark.parametrize(
