@@ -189,7 +189,8 @@ def _member(plan: Plan, folder: Path, k: int) -> None:
         return {name: values[k : k + 1] for name, values in hypers.items()}
 
     runs = ej.population(task.build, own(), "map")
-    states, rounds = runs.init(task.keys()[k : k + 1], task.batch(0)), []
+    states: Any = runs.init(task.keys()[k : k + 1], task.batch(0))
+    rounds = []
     for number in range(plan.rounds):
         for step in range(number * plan.steps, (number + 1) * plan.steps):
             states, _ = runs.step(states, task.batch(step), hypers=own())
@@ -199,8 +200,8 @@ def _member(plan: Plan, folder: Path, k: int) -> None:
             _write(folder / f"{number}-{k}.npz", states[0])
         (folder / f"{number}-{k}.part").write_text(json.dumps(accuracy))
         (folder / f"{number}-{k}.part").rename(folder / f"{number}-{k}.score")
-        found = [_wait(folder / f"{number}-{i}.score") for i in range(plan.members)]
-        event = task.decide(number, hypers, jnp.asarray(found, jnp.float32))
+        every = [_wait(folder / f"{number}-{i}.score") for i in range(plan.members)]
+        event = task.decide(number, hypers, jnp.asarray(every, jnp.float32))
         if last:
             event = event._replace(parent=jnp.arange(plan.members), after=hypers)
         elif (parent := int(event.parent[k])) != k:
@@ -217,12 +218,12 @@ def _wait(path: Path) -> float:
     return json.loads(path.read_text())
 
 
-def _write(path: Path, state: ej.TrainState) -> None:
+def _write(path: Path, state: Any) -> None:
     shared = jax.tree.leaves(state._replace(key=()))
     np.savez(path, *(np.asarray(leaf) for leaf in shared))
 
 
-def _read(path: Path, state: ej.TrainState) -> ej.TrainState:
+def _read(path: Path, state: Any) -> Any:
     """A member's weights and moments, with another's random key."""
     bare = state._replace(key=())
     with np.load(path) as file:

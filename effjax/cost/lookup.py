@@ -23,12 +23,12 @@ class Entry(NamedTuple):
 
     site: where it is.
     seconds: of one operation, alone in a program.
-    count: how often a forward pass does it (the iterations of a scan).
+    times: how often a forward pass does it (the iterations of a scan).
     """
 
     site: Site
     seconds: float
-    count: int
+    times: int
 
 
 class LatencyTable:
@@ -53,7 +53,7 @@ class LatencyTable:
       ...     return batch["x"] @ params["kernel"], model_state
       >>> table = ej.cost.LatencyTable(samples=2)
       >>> found = table.sites(apply, {"kernel": jnp.ones((4, 2))}, {"x": jnp.ones((8, 4))})
-      >>> [(entry.site.path, entry.count, entry.seconds > 0) for entry in found]
+      >>> [(entry.site.path, entry.times, entry.seconds > 0) for entry in found]
       [('kernel', 1, True)]
 
     Reference: the lookup tables of Cai et al., "ProxylessNAS", 2019,

@@ -31,12 +31,12 @@ def latency_features(
     """
     entries = table.sites(apply, params, batch, model_state)
     size = 0
-    for site, _, count in entries:
+    for site, _, times in entries:
         shapes = zip(site.shapes, site.dtypes, strict=True)
-        size += count * sum(np.prod(s, dtype=float) * np.dtype(d).itemsize for s, d in shapes)
+        size += times * sum(np.prod(s, dtype=float) * np.dtype(d).itemsize for s, d in shapes)
     return {
-        TABLE: sum(entry.seconds * entry.count for entry in entries),
-        "sites": float(sum(entry.count for entry in entries)),
+        TABLE: sum(entry.seconds * entry.times for entry in entries),
+        "sites": float(sum(entry.times for entry in entries)),
         "bytes": float(size),
         "macs": float(sum(entry.site.macs for entry in entries)),
     }

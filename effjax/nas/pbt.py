@@ -146,8 +146,9 @@ def copied(states: Any, parents: Array) -> Any:
       parents: int [K].
     """
     if isinstance(states, TrainState):
-        chosen = jax.tree.map(lambda x: x[parents], states._replace(step=(), key=()))
-        return chosen._replace(step=states.step, key=states.key)
+        own: Any = states
+        chosen = jax.tree.map(lambda x: x[parents], own._replace(step=(), key=()))
+        return chosen._replace(step=own.step, key=own.key)
     bare = stack([own._replace(step=(), key=()) for own in states])
     return tuple(
         jax.tree.map(lambda x, k=k: x[parents[k]], bare)._replace(step=own.step, key=own.key)

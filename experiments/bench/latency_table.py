@@ -132,10 +132,10 @@ def run(config: Config) -> dict[str, Any]:
     cut = config.fitted
     rows = []
     for name, use in MODELS.items():
-        model = fit_latency(features[:cut], seconds[:cut], use)
-        error = model.error(features[cut:], seconds[cut:])._asdict()
-        inside = model.error(features[:cut], seconds[:cut]).mean
-        rows.append({"name": name, **error, "fitted": inside, "model": model._asdict()})
+        fitted = fit_latency(features[:cut], seconds[:cut], use)
+        error = fitted.error(features[cut:], seconds[cut:])._asdict()
+        inside = fitted.error(features[:cut], seconds[:cut]).mean
+        rows.append({"name": name, **error, "fitted": inside, "model": fitted._asdict()})
     result: dict[str, Any] = {"rows": rows, "operations": len(table)}
     result |= {"features": features, "seconds": seconds, "device": times["0"].device}
     if config.save:

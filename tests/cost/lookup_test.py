@@ -93,7 +93,7 @@ def test_scans_count_their_iterations_and_tables_their_rows(measured):
 
     params = {"embedding": jnp.ones((9, 4)), "kernel": jnp.ones((3, 4, 4))}
     found = LatencyTable().sites(apply, params, {"token": jnp.zeros(5, int)})
-    assert [(e.site.op, e.count) for e in found] == [
+    assert [(e.site.op, e.times) for e in found] == [
         ("gather", 1), ("dot_general", 3), ("dot_general", 1)
     ]  # fmt: skip
     features = latency_features(LatencyTable(), apply, params, {"token": jnp.zeros(5, int)})
