@@ -1,12 +1,13 @@
 """What the arms of the `pbt` experiment share: a training with traced hyper-parameters, and how a
 population of it goes through its rounds, in one program or in a process for each member."""
 
+import functools
 import json
 import multiprocessing
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import effjax as ej
 from effjax.checkpoint import Checkpoints
 from effjax.nas import pbt
 from experiments.harness import data
-from experiments.harness.batches import evaluator, make_batches
+from experiments.harness.batches import Batches, evaluator, make_batches
 from experiments.harness.errors import ExperimentError
 from experiments.harness.runs import Run
 from experiments.models import mlp
@@ -50,38 +51,63 @@ class Plan(NamedTuple):
     seed: int
 
 
-class Task:
-    """A data set, a network and its training as a function of traced hyper-parameters."""
+class Network(NamedTuple):
+    """What is compiled: the sizes of the network, and how many steps the learning rate anneals."""
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
-        images = data.load(plan.dataset, seed=plan.seed, validation=1 / 6)
-        standard = images.standard
-        self.key = jax.random.key(plan.seed)
-        batches = make_batches(images.train.as_dict(), plan.batch, plan.seed, **standard)
-        self.example, made = batches.example, jax.jit(lambda batches, step: batches(step))
-        self.batch = lambda step: made(batches, np.int32(step))
-        spec = mlp.Spec(images.train.image[0].size, (plan.hidden,), images.classes)
-        self.model = ej.from_linen(mlp.LinenMLP(spec))
-        evaluate = ej.make_eval(self.model.apply, ej.chain(), scores)
-        seen = data.Split(*(x[: plan.validation] for x in images.validation))
-        self.validate = evaluator(evaluate, seen.as_dict(), size=plan.validation, **standard)
-        self.test = evaluator(evaluate, images.test.as_dict(), **standard)
+    inputs: int
+    hidden: int
+    classes: int
+    steps: int
+
+    @property
+    def model(self) -> ej.Model:
+        """An MLP."""
+        return ej.from_linen(mlp.LinenMLP(mlp.Spec(self.inputs, (self.hidden,), self.classes)))
 
     def build(self, hyper: Mapping[str, Any]) -> ej.Run:
         """The functions of a run; see `effjax.population`."""
-        anneal = optax.cosine_decay_schedule(1.0, self.plan.rounds * self.plan.steps)
+        anneal = optax.cosine_decay_schedule(1.0, self.steps)
 
         def rate(step: Array) -> Array:
             return hyper["learning_rate"] * (1 + hyper[COSINE] * (anneal(step) - 1))
 
         decay = optax.add_decayed_weights(hyper["weight_decay"])
         tx = optax.chain(decay, optax.sgd(rate, momentum=0.9))
+        model = self.model
 
         def init(key: Array, batch: Any, frozen: Any) -> ej.TrainState:
-            return ej.init_state(key, self.model, ej.chain(), tx, batch)
+            return ej.init_state(key, model, ej.chain(), tx, batch)
 
-        return ej.Run(init, ej.make_step(self.model.apply, ej.chain(), cross_entropy, tx))
+        return ej.Run(init, ej.make_step(model.apply, ej.chain(), cross_entropy, tx))
+
+
+@functools.cache
+def population(
+    network: Network, members: int, mode: Literal["auto", "map"] = "auto"
+) -> ej.Population:
+    """Compiled once for all arms and seeds: every step is given its hyper-parameters."""
+    ones = {name: [1.0] * members for name in (*PRIORS, COSINE)}
+    return ej.population(network.build, ones, mode)
+
+
+class Task:
+    """A data set and the network that is trained on it."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.key = plan, jax.random.key(plan.seed)
+        images = data.load(plan.dataset, seed=plan.seed, validation=1 / 6)
+        standard = images.standard
+        self._batches = make_batches(images.train.as_dict(), plan.batch, plan.seed, **standard)
+        size = images.train.image[0].size
+        self.network = Network(size, plan.hidden, images.classes, plan.rounds * plan.steps)
+        evaluate = ej.make_eval(self.network.model.apply, ej.chain(), scores)
+        seen = data.Split(*(x[: plan.validation] for x in images.validation))
+        self.validate = evaluator(evaluate, seen.as_dict(), size=plan.validation, **standard)
+        self.test = evaluator(evaluate, images.test.as_dict(), size=2000, **standard)
+
+    def batch(self, step: int) -> dict[str, Array]:
+        """What all members see at a step."""
+        return _made(self._batches, np.int32(step))
 
     def hypers(self, cosine: bool = False) -> pbt.Hypers:
         """The first hyper-parameters of all members."""
@@ -98,7 +124,12 @@ class Task:
         return _decide(key, hypers, found, self.plan.fraction)
 
 
-@jax.jit(static_argnums=3)
+@jax.jit
+def _made(batches: Batches, step: Array) -> dict[str, Array]:
+    return batches(step)
+
+
+@functools.partial(jax.jit, static_argnums=3)
 def _decide(key: Array, hypers: pbt.Hypers, found: Array, fraction: float) -> pbt.Event:
     return pbt.decide(key, hypers, found, PRIORS, fraction=fraction)
 
@@ -119,7 +150,7 @@ def together(task: Task, here: Run, hypers: pbt.Hypers, evolving: bool) -> dict[
       rounds: the lines of all rounds. accuracy: on the test set, of the best in the last round.
     """
     began, plan = time.monotonic(), task.plan
-    runs = ej.population(task.build, hypers)
+    runs = population(task.network, plan.members)
     states, at = runs.init(task.keys(), task.batch(0)), 0
     with Checkpoints(here.checkpoints) as checkpoints:
         if checkpoints.steps():
@@ -188,7 +219,7 @@ def _member(plan: Plan, folder: Path, k: int) -> None:
     def own() -> pbt.Hypers:
         return {name: values[k : k + 1] for name, values in hypers.items()}
 
-    runs = ej.population(task.build, own(), "map")
+    runs = population(task.network, 1, "map")
     states: Any = runs.init(task.keys()[k : k + 1], task.batch(0))
     rounds = []
     for number in range(plan.rounds):
