@@ -131,7 +131,7 @@ def dimensions(draw):
     return {"cell": Repeat(2, found)} if draw(st.booleans()) else found
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(dimensions())
 def test_of_any_space(found):
     space = Space(found)
