@@ -26,7 +26,8 @@ from experiments.harness.errors import ConfigError, ExperimentError, UsageError
 from experiments.harness.grid import fixed_fields, parse_over, parse_values, replace
 from experiments.harness.progress import say
 from experiments.harness.runs import check_name, default_id, read_json, runs_below, runs_root
-from experiments.harness.studies import Refused, Trials, open_study, shown
+from experiments.harness.storage import open_study, shown
+from experiments.harness.studies import Refused, Trials
 
 _DESCRIPTION = """Searches an experiment's fields for the best results. The same command again goes
 on with the same search, and given in several terminals, or with one --storage on several hosts, it

@@ -1,4 +1,4 @@
-"""A search's trials in a storage of optuna that many processes and hosts share.
+"""A search's trials: each ends exactly once, by whichever worker.
 
 Workers know nothing of each other but what the storage says, and may be killed at any moment:
 
@@ -13,7 +13,6 @@ optuna's heartbeat serves databases only, begins after its trial and compares th
 """
 
 import contextlib
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +21,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from effjax.errors import EffjaxError, SetupError
+from effjax.errors import SetupError
 from effjax.nas.optuna_search import distributions, optuna, quiet, suggest
 from effjax.nas.space import Space
-from experiments.harness.config import difference
-from experiments.harness.errors import ExperimentError, Interrupted, RunError, UsageError
+from experiments.harness.errors import Interrupted, UsageError
 from experiments.harness.progress import say
+from experiments.harness.storage import reached
 
 RETRIES = 3  # a trial that so many workers died of is given up
 _PROPOSED, _REFUSED = 8, 64  # refusals in a row: then uniform draws, then an error
@@ -37,98 +36,11 @@ class Refused(Exception):
     """A configuration that cannot be meant: the trial is void, and another takes its place."""
 
 
-def open_study(
-    url: str, name: str, record: dict[str, Any], directions: Sequence[str], sampler: Any
-) -> Any:
-    """The study of a search: made, or found again to go on.
-
-    Args:
-      url: "sqlite:///trials.db", "postgresql://user:password@host/base", "mysql://..."; or a
-        file's path ending in .log, for optuna's journal, where a file system has no locks.
-      name: of the study.
-      record: what the search is, as JSON; kept in the study.
-      directions: "maximize" or "minimize", for each objective.
-      sampler: of optuna.
-
-    Raises:
-      UsageError: another kind of storage.
-      RunError: the storage cannot be reached, or the study is of another search.
-    """
-    with _reached(url), quiet() as module:
-        study = module.create_study(
-            study_name=name,
-            storage=_storage(url),
-            directions=list(directions),
-            load_if_exists=True,
-            sampler=sampler,
-        )
-        if "search" not in study.user_attrs:
-            study.set_user_attr("search", record)
-        before = study.user_attrs["search"]
-    if changed := difference(before, record):
-        raise RunError(
-            f"the study {name} in {shown(url)} is another search ({changed}). Give this one "
-            "another --id, or leave --id out; nothing was written."
-        )
-    return study
-
-
-def shown(url: str) -> str:
-    """A storage's address without its password."""
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
-
-
-def _storage(url: str) -> Any:
-    storages = optuna().storages
-    if url.endswith(".log") and "://" not in url:
-        from optuna.storages.journal import JournalFileBackend
-
-        return storages.JournalStorage(JournalFileBackend(url))
-    if "://" not in url:
-        raise UsageError(
-            f"--storage {url} is no storage; give sqlite:///FILE, a postgresql:// or mysql:// "
-            "address, or a file's path ending in .log for a journal."
-        )
-    # A file's database is locked while another worker writes: wait for it.
-    waits = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-    try:
-        return storages.RDBStorage(url, engine_kwargs=waits)
-    except ImportError:
-        raise
-    except Exception:
-        time.sleep(1)  # another worker may be making the tables at this moment
-        return storages.RDBStorage(url, engine_kwargs=waits)
-
-
-@contextlib.contextmanager
-def _reached(url: str) -> Iterator[None]:
-    """Errors of a storage, told to a person."""
-    try:
-        yield
-    except (ExperimentError, EffjaxError):
-        raise
-    except ImportError as error:
-        raise RunError(f"{shown(url)} needs a driver that is not installed: {error}.") from error
-    except Exception as error:
-        if not _of_storage(error):
-            raise
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RunError(
-            f"the storage {shown(url)} cannot be reached: {first.replace(url, shown(url))}. What "
-            "is finished is kept; give the same command again when the storage is there."
-        ) from error
-
-
-def _of_storage(error: Exception) -> bool:
-    module = type(error).__module__.partition(".")[0]
-    return module in ("sqlalchemy", "optuna") or isinstance(error, OSError)
-
-
 class Trials:
     """One worker's hold on a study; `work` does trials until all are done.
 
     Args:
-      study: from `open_study`.
+      study: from `storage.open_study`.
       url: its storage, for messages.
       space: of the search.
       trials: how many the search has, all workers together.
@@ -155,7 +67,7 @@ class Trials:
           SetupError: nothing that was drawn is accepted.
         """
         waiting = False
-        with _reached(self.url), quiet():
+        with reached(self.url), quiet():
             while True:
                 self._bury()
                 slots = self._slots()
@@ -176,7 +88,7 @@ class Trials:
 
     def results(self) -> list[Any]:
         """The attempt that ended each trial of the search, in order, as optuna's FrozenTrial."""
-        with _reached(self.url), quiet():
+        with reached(self.url), quiet():
             ended = [[a for a in attempts if self._ends(a)] for attempts in self._slots()]
             return [a for attempts in ended for a in attempts]
 

@@ -18,7 +18,8 @@ from experiments.harness import search
 from experiments.harness.config import check
 from experiments.harness.errors import Interrupted, RunError, UsageError
 from experiments.harness.runs import open_run
-from experiments.harness.studies import RETRIES, Refused, Trials, open_study, shown
+from experiments.harness.storage import open_study, shown
+from experiments.harness.studies import RETRIES, Refused, Trials
 from tests.experiments import killing
 
 WORKER = [sys.executable, str(killing.ROOT / "tests" / "experiments" / "searching.py")]
