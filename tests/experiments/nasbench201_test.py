@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.nas import nasbench201
+from effjax.nas import extract, nasbench201
+from effjax.nas.tabular import OPERATIONS
 from effjax.select import leaves
 from experiments.models import nasbench201 as bench
 
@@ -105,6 +106,30 @@ def test_linen_and_nnx_are_one_network():
     close(one, two)
     for name, x in leaves(moved).items():
         close(leaves(others["batch_stats"])[name], x)
+
+
+def test_a_found_cell_is_a_network_of_its_own():
+    """From a search's logits to an exported program, with the search's weights."""
+    spec = replace(SMALL, stages=1)
+    whole = drawn(shapes_of(spec))
+    logits = np.zeros((6, 5), np.float32)
+    logits[np.arange(6), [3, 0, 4, 1, 2, 2]] = 1
+    genes = extract({"logits": {"edges": logits}}, OPERATIONS)["edges"]
+    found = replace(spec, cell=tuple(genes.tolist()))
+    own = bench.inherit(whole, shapes_of(found))
+
+    def predict(params, state, image):
+        return bench.model(found).apply(params, state, {"image": image}, KEY, False)[0]
+
+    exported = jax.export.export(jax.jit(predict))(*own, IMAGE)
+    assert exported.mlir_module().count("stablehlo.convolution") == 1 + 3
+    batch = {"image": IMAGE, "edges": bench.one_hot(genes)}
+
+    def all_cells(params, state):
+        return bench.model(spec).apply(params, state, batch, KEY, False)[0]
+
+    want = jax.jit(all_cells, compiler_options=QUICK)(*whole)
+    close(exported.call(*own, IMAGE), want)
 
 
 def test_what_cannot_be_built_is_refused():

@@ -241,7 +241,7 @@ def test_one_program_scores_candidates_alone_and_in_a_batch():
     assert float(jitted(jnp.array([1.0, 2.0, 1.0]))[1]) == pytest.approx(scaled, rel=1e-4)
 
 
-@pytest.mark.parametrize("library", ["linen", "nnx"])
+@pytest.mark.parametrize("library", ["linen", pytest.param("nnx", marks=pytest.mark.slow)])
 def test_flax_models(library):
     """BatchNorm, dropout and convolutions in both libraries: the numbers are finite."""
     model = {"linen": nets.linen, "nnx": nets.nnx_}[library]()
