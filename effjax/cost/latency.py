@@ -57,7 +57,7 @@ def latency(
 
     Args:
       candidates: by name, a function without arguments that calls a jitted function and returns its
-        result: `{"dense": lambda: predict(params, images)}`.
+        result: `{"dense": lambda: predict(params, images)}`; or another engine's, in NumPy.
       batch_size: examples in a call.
       samples: rounds; median and 95th percentile are over these.
       warmup: calls before the first round.
@@ -115,12 +115,14 @@ def latency(
 
 
 def _device(name: str, result: Any) -> str:
-    arrays = [x for x in jax.tree.leaves(result) if isinstance(x, jax.Array)]
+    arrays = [x for x in jax.tree.leaves(result) if isinstance(x, jax.Array | np.ndarray)]
     if not arrays:
         raise SetupError(
             f"the candidate {name!r} returned no jax array ({type(result).__name__}), so there is "
             "nothing to wait for. Return the jitted function's result."
         )
+    if isinstance(arrays[0], np.ndarray):  # of another engine, which is done when it returns
+        return f"{_cpu_model()}, {os.cpu_count()} cores (cpu)"
     return device_name(min(arrays[0].devices(), key=lambda d: d.id))
 
 

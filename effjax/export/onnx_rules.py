@@ -45,24 +45,37 @@ def _scalar(value: float, like: Eqn) -> Value:
 def _maximum(graph: Graph, eqn: Eqn, a: Value, b: Value) -> Value:
     shape = shape_of(eqn)
     for bound, x in ((a, b), (b, a)):
-        if bound.constant and bound.grid is None:
-            if (bound.data == -np.inf).all():
-                return x
-            if (bound.data == 0).all() and x.shape == shape:
-                return graph.elements("Relu", [x], shape)
+        if _all(bound, -np.inf):
+            return x
+        if _all(bound, 0) and x.shape == shape:
+            return graph.elements("Relu", [x], shape)
     return graph.elements("Max", [a, b], shape)
 
 
 def _minimum(graph: Graph, eqn: Eqn, a: Value, b: Value) -> Value:
     shape = shape_of(eqn)
     for bound, x in ((a, b), (b, a)):
-        if bound.constant and bound.grid is None and (bound.data == np.inf).all():
+        if _all(bound, np.inf):
             return x
     return graph.elements("Min", [a, b], shape)
 
 
+def _all(x: Value, value: float) -> bool:
+    """Whether a value is this constant."""
+    return x.constant and x.grid is None and bool(np.all(x.data == value))
+
+
 def _add(graph: Graph, eqn: Eqn, a: Value, b: Value) -> Value:
+    for nothing, x in ((a, b), (b, a)):
+        if _all(nothing, 0) and x.shape == shape_of(eqn):
+            return x
     return onnx_patterns.biased(graph, eqn, a, b) or _same("Add")(graph, eqn, a, b)
+
+
+def _subtract(graph: Graph, eqn: Eqn, a: Value, b: Value) -> Value:
+    if b.constant and b.grid is None and b.data.dtype.kind == "f":
+        return _add(graph, eqn, a, b._replace(data=-b.data))
+    return _same("Sub")(graph, eqn, a, b)
 
 
 def _divide(graph: Graph, eqn: Eqn, a: Value, b: Value) -> Value:
@@ -77,6 +90,9 @@ def _multiply(graph: Graph, eqn: Eqn, a: Value, b: Value) -> Value:
             return found
     if found := onnx_patterns.layer_norm(graph, eqn, a, b):
         return found
+    for nothing, x in ((a, b), (b, a)):
+        if _all(nothing, 1) and x.shape == shape_of(eqn):
+            return x
     product = _same("Mul")(graph, eqn, a, b)
     return onnx_patterns.gelu(graph, product) or product
 
@@ -191,7 +207,7 @@ RULES: dict[str, Rule] = {
     "sqrt": _same("Sqrt"),
     "square": _square,
     "stop_gradient": _identity,
-    "sub": _same("Sub"),
+    "sub": _subtract,
     "tanh": _same("Tanh"),
     **onnx_layout.RULES,
 }

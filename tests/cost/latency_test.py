@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import effjax as ej
@@ -76,3 +77,8 @@ def test_a_real_function_is_timed_and_its_device_named():
 def test_what_cannot_be_timed_is_refused(candidates, options, says):
     with pytest.raises(SetupError, match=says):
         ej.latency(candidates, batch_size=1, **options)
+
+
+def test_other_engines_return_numpy():
+    found = ej.latency({"numpy": lambda: np.ones(2)}, batch_size=1, samples=2)["numpy"]
+    assert found.device.endswith("cores (cpu)")

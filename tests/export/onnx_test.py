@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+import effjax as ej
 from effjax.errors import ExportError
 from effjax.export.marker import tapped
 from effjax.export.onnx import INTEGER, integer_kernels, kernels, run, to_onnx
@@ -266,6 +267,17 @@ def test_several_operations_that_are_one():
     assert ops(agrees(linen, X, rtol=1e-5)) == ["LayerNormalization"]
     norm = nnx.LayerNorm(6, rngs=nnx.Rngs(0))
     assert ops(agrees(norm, X, rtol=1e-5)) == ["LayerNormalization"]
+
+
+def test_a_folded_batchnorm_leaves_nothing_behind():
+    net = nn.Sequential([nn.Conv(4, (2,)), nn.BatchNorm(use_running_average=True), nn.relu])
+    variables = net.init(jax.random.key(0), X)
+    state = jax.tree.map(lambda v: v + 0.3, variables["batch_stats"])
+    params, state = ej.quantize.fold_batchnorm(
+        variables["params"], {"batch_stats": state}, {"layers_0": "layers_1"}
+    )
+    fn = lambda x: net.apply({"params": params, **state}, x)  # noqa: E731
+    assert ops(agrees(fn, X, rtol=1e-5)) == ["Transpose", "Conv", "Relu", "Transpose"]
 
 
 def test_embeddings_stay_integers():
