@@ -185,6 +185,26 @@ def test_a_storage_that_cannot_be_reached(tmp_path):
     assert shown("postgresql://me:se:cret@host/base") == "postgresql://me:***@host/base"
 
 
+def test_a_storage_that_goes_away_loses_nothing(url, monkeypatch):
+    done = []
+
+    def counted(config):
+        done.append(config["a"])
+        return value(config)
+
+    def gone(*args, **kwargs):
+        raise optuna.exceptions.StorageInternalError("the connection was closed")
+
+    dying = worker(url)
+    monkeypatch.setattr(dying.study, "tell", gone)
+    with pytest.raises(RunError, match="connection was closed"):
+        dying.work(counted)
+    worker(url).work(counted)
+    found = worker(url).results()
+    assert len(complete(found)) == 3
+    assert found[0].params["a"] == done[0] == done[1]  # what could not be told is tried again
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     a: int = 0
