@@ -27,7 +27,7 @@ from experiments.harness.grid import fixed_fields, parse_over, parse_values, rep
 from experiments.harness.progress import say
 from experiments.harness.runs import check_name, default_id, read_json, runs_below, runs_root
 from experiments.harness.storage import open_study, shown
-from experiments.harness.studies import Refused, Trials
+from experiments.harness.studies import RETRIES, Refused, Trials
 
 _DESCRIPTION = """Searches an experiment's fields for the best results. The same command again goes
 on with the same search, and given in several terminals, or with one --storage on several hosts, it
@@ -96,8 +96,11 @@ def main(name: str, module: Any, words: Sequence[str]) -> int:
     rows = [_row(asked, trial) for trial in trials.results()]
     _write(path, rows)
     _print(asked, rows, path)
-    failed = [row for row in rows if row.get("error")]
-    return 1 if failed else 0
+    if lost := trials.given_up():
+        say(
+            f"given up: trials {lost}; {RETRIES + 1} workers died of each. Was there memory enough?"
+        )
+    return 1 if lost or any(row["error"] for row in rows) else 0
 
 
 def _parser(name: str) -> argparse.ArgumentParser:

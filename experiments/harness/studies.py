@@ -92,6 +92,12 @@ class Trials:
             ended = [[a for a in attempts if self._ends(a)] for attempts in self._slots()]
             return [a for attempts in ended for a in attempts]
 
+    def given_up(self) -> list[int]:
+        """The numbers of the trials that cost too many workers their lives."""
+        with reached(self.url), quiet():
+            slots = self._slots()
+        return [a[0].number for a in slots if self._ended(a) and not any(map(self._ends, a))]
+
     # What the trials in the storage are.
 
     def _all(self) -> list[Any]:

@@ -127,8 +127,10 @@ def test_a_trial_that_kills_every_worker_is_given_up(url):
         for attempts in dying._slots():
             dying._queue(attempts)
         dying._fail(dying._ask().number)
-    worker(url, trials=1).work(pytest.fail)
-    assert worker(url, trials=1).results() == []
+    last = worker(url, trials=1)
+    last.work(pytest.fail)
+    assert last.results() == []
+    assert last.given_up() == [0]
 
 
 def test_a_trial_that_fails_is_told_and_not_repeated(url, capsys):
