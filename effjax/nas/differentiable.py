@@ -120,17 +120,21 @@ def darts(
         raise SetupError(wrong)
     if not callable(temperature) and not is_traced(temperature) and temperature <= 0:
         raise ScheduleError(f"the temperature is {temperature}; a relaxation needs one above 0.")
-    heat, extra_skip, ahead = (
-        as_schedule(temperature),
-        as_schedule(auxiliary),
-        as_schedule(rate or 0),
-    )
+    heat, extra_skip = as_schedule(temperature), as_schedule(auxiliary)
+    ahead = as_schedule(0.0 if rate is None else rate)
     place = None if skip is None else names.index(skip)
-    # What is called above 0 by being given: a schedule or traced value may be 0 later.
+    # A schedule or a traced value may be anything.
     helped = callable(auxiliary) or is_traced(auxiliary) or auxiliary != 0
     pushed = is_traced(zero_one) or zero_one != 0
+    if helped and place is None:
+        raise SetupError("an auxiliary skip connection needs skip=..., the operation's name.")
 
     def init(key: Array, params: PyTree, setup: Setup) -> tuple[PyTree, PyTree]:
+        if not isinstance(setup.batch, Mapping):
+            raise SetupError(
+                f"the batch is a {type(setup.batch).__name__}; a differentiable search puts the "
+                f"weights of the edges into a dict, as its entries {list(edges)}."
+            )
         jax.eval_shape(halves, setup.batch)
         keys = jax.random.split(key, len(edges))
         logits = {

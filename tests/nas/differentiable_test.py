@@ -234,6 +234,7 @@ def test_a_collapse_is_reported_and_warned_of():
         ({"operations": ("skip", "skip")}, "hold a name twice"),
         ({"relax": "hardmax"}, "relaxations are softmax, sigmoid"),
         ({"skip": "identity"}, "none of"),
+        ({"skip": None, "auxiliary": 1.0}, "needs skip="),
         ({"order": 3}, "order is 3"),
         ({"order": 2}, "looks one step of training ahead"),
         ({"latency": ej.nas.Latency({"edges": np.ones((2, 3))})}, "have the shapes"),
@@ -258,3 +259,6 @@ def test_what_does_not_fit_is_an_error_at_init():
     deaf = ej.Model(MODEL.init, lambda p, s, b, k, t: (p["w"] * b["x"], s))
     with pytest.raises(SetupError, match=r"no notice of batch\['edges'\]"):
         ej.init_state(jax.random.key(0), deaf, search(), optax.sgd(1.0), BATCH)
+    bare = ej.Model(lambda k, b: MODEL.init(k, b), lambda p, s, b, k, t: (p["w"] * b, s))
+    with pytest.raises(SetupError, match="into a dict, as its entries"):
+        ej.init_state(jax.random.key(0), bare, search(), optax.sgd(1.0), BATCH["x"])
