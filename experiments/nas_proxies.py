@@ -10,7 +10,9 @@ first of them.
 Published, on all 15,625 cells with networks of the benchmark's size (5 cells a stage, 16 channels,
 32 x 32 pixels, batches of 64): synflow 0.74, jacob_cov 0.73, snip 0.58, grad_norm 0.58, grasp 0.48,
 fisher 0.36. The networks here are smaller: 1 cell a stage, 16 channels, images of 16 x 16 (means of
-2 x 2 pixels), batches of 32. Parameters and MACs are those of the benchmark's size.
+2 x 2 pixels), batches of 32; so the weights outside of the cells are a larger part of them, and
+three proxies are shown for the cells' weights alone as well. Parameters and MACs are those of the
+benchmark's size.
 
 Command: python -m experiments nas_proxies
 Cost: about 25 minutes on one CPU core, by the first cells (measured in company).
@@ -52,9 +54,18 @@ PUBLISHED = {
     "grasp": 0.48,
     "fisher": 0.36,
 }
-PROXIES = (*PUBLISHED, "naswot", "zen")
+# Beside three proxies stands what they are for the cells' weights alone.
+CELLS = ", cells"
+IN_CELLS = r"edge_.*/conv/kernel$"
 # What one program scores, by a suffix of its records; two smaller programs compile faster than one.
-PROGRAMS = {"": tuple(name for name in PROXIES if name != "fisher"), "-fisher": ("fisher",)}
+PROGRAMS = {
+    "": ("synflow", "jacob_cov", "snip", "grad_norm", "grasp", "naswot"),
+    "-more": ("fisher", "zen", *(name + CELLS for name in ("snip", "grad_norm", "grasp"))),
+}
+ORDER = (
+    *("synflow", "jacob_cov", "snip", "snip, cells", "grad_norm", "grad_norm, cells"),
+    *("grasp", "grasp, cells", "fisher", "naswot", "zen"),
+)
 SIZES = ("parameters", "MACs")
 # ReLUs' outputs enter all convolutions but the first one and the shortcuts.
 AFTER_RELU = r"(edge_.*|first|second)/conv/kernel$"
@@ -142,6 +153,9 @@ def scorer(spec: bench.Spec, names: Sequence[str]) -> Callable[..., dict[str, Ar
             "fisher": lambda: proxies.fisher(*given, cross_entropy),
             "naswot": lambda: proxies.naswot(*given, select=AFTER_RELU, active=counted),
             "zen": lambda: zen(params, rest, key, counted),
+            "snip, cells": lambda: proxies.snip(*given, cross_entropy, select=IN_CELLS),
+            "grad_norm, cells": lambda: proxies.grad_norm(*given, cross_entropy, select=IN_CELLS),
+            "grasp, cells": lambda: proxies.grasp(*given, cross_entropy, select=IN_CELLS),
         }
         return {name: known[name]() for name in names}
 
@@ -230,7 +244,8 @@ def run(config: Config) -> dict[str, Any]:
     for seed in range(config.seed, config.seed + 3):
         count = config.cells if seed == config.seed else config.again
         scores = found.score(seed, count)
-        for name, values in scores.items():
+        for name in sorted(scores, key=ORDER.index):
+            values = scores[name]
             agreed = spearman_interval(values, accuracy[:count], seed=config.seed)
             first = spearman_interval(
                 values[: config.again], accuracy[: config.again], seed=config.seed
@@ -263,7 +278,7 @@ def tables(results: dict[str, Any]) -> dict[str, Table]:
         if r["seed"] == config["seed"]:
             mine = [s for s in results["rows"] if s["name"] == r["name"]]
             shared = {key: r[key] for key in ("rho", "low", "high")}
-            published = results["published"].get(r["name"])
+            published = results["published"].get(r["name"].removesuffix(CELLS))
             for own in mine:
                 extra = {} if published is None else {"published": published}
                 wide.append(
@@ -301,9 +316,10 @@ def figures(results: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any
             places, rho, yerr=bars, fmt="o", color=COLOURS[0], markersize=4, capsize=2,
             label="here, with 95% interval",
         )  # fmt: skip
-        known = [i for i, r in enumerate(first) if r["name"] in results["published"]]
+        names = [r["name"].removesuffix(CELLS) for r in first]
+        known = [i for i, name in enumerate(names) if name in results["published"]]
         axes.plot(
-            places[known], [results["published"][first[i]["name"]] for i in known], "_",
+            places[known], [results["published"][names[i]] for i in known], "_",
             color=COLOURS[1], markersize=16, markeredgewidth=2, label="published",
         )  # fmt: skip
         axes.set_xticks(places, [r["name"] for r in first], rotation=30, ha="right")

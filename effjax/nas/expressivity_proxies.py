@@ -122,9 +122,10 @@ def zen(
     """The Zen-score: log E |f(x) - f(x + γε)| + Σ_l log √(mean over channels of σ²_l).
 
     x and ε are Gaussian, |.| is the sum of absolute values (as in the paper's code), and σ²_l are
-    the batch variances of BatchNorm l for x. f is what `apply` returns; the paper takes the feature
-    maps before pooling, so give it a model that ends there, with weights from N(0, 1): see
-    `gaussian`. The paper averages over 32 draws of weights and inputs.
+    the batch variances of BatchNorm l for x; one that nothing reaches does not count. f is what
+    `apply` returns; the paper takes the feature maps before pooling, so give it a model that ends
+    there, with weights from N(0, 1): see `gaussian`. The paper averages over 32 draws of weights
+    and inputs.
 
     Args:
       key: of x and ε.
@@ -151,7 +152,9 @@ def zen(
     variances = {n: low[n] / (1 - (high[n] - low[n]) / _PROBE) for n in old}
     gaps = jax.tree.map(lambda a, b: jnp.sum(jnp.abs(wide(a) - wide(b))) / len(a), outputs, others)
     share = shares(old, active)
-    scale = total(share[n] * jnp.log(jnp.mean(v)) / 2 for n, v in variances.items())
+    means = {n: jnp.mean(v) for n, v in variances.items()}
+    terms = {n: jnp.log(jnp.where(m > 0, m, 1)) / 2 for n, m in means.items()}
+    scale = total(share[n] * term for n, term in terms.items())
     return jnp.log(total(jax.tree.leaves(gaps))) + scale
 
 

@@ -48,7 +48,7 @@ def test_proxies_are_compared_and_go_on_where_they_stopped(folders, monkeypatch)
     shown = nas_proxies.run(config)
     assert shown["snip"].startswith("1.00 [1.00, 1.00]")
     found = json.loads((folders / "results" / "nas_proxies.json").read_text())
-    assert {row["name"] for row in found["rows"]} == {*nas_proxies.PROXIES, *nas_proxies.SIZES}
+    assert {row["name"] for row in found["rows"]} == {*nas_proxies.ORDER, *nas_proxies.SIZES}
     missing = {row["without"] for row in found["rows"] if row["name"] == "zen"}
     assert missing != {0}
     assert "| synflow |" in (folders / "results" / "nas_proxies.md").read_text()
@@ -78,7 +78,7 @@ def test_sizes_and_images():
 @pytest.mark.slow
 def test_every_proxy_scores_the_real_network():
     spec = bench.Spec(width=2, cells=1)
-    scores = nas_proxies.scorer(spec, nas_proxies.PROXIES)
+    scores = nas_proxies.scorer(spec, nas_proxies.ORDER)
     rng = np.random.default_rng(0)
     batch = {
         "image": jnp.asarray(rng.normal(size=(6, 8, 8, 3)), jnp.float32),
@@ -87,7 +87,7 @@ def test_every_proxy_scores_the_real_network():
     params, state = jax.jit(bench.model(spec).init)(jax.random.key(0), batch)
     for cell in ((3, 3, 3, 1, 3, 2), (0, 0, 0, 0, 0, 0)):
         found = scores(jnp.asarray(bench.one_hot(cell)), params, state, batch, jax.random.key(1))
-        assert set(found) == set(nas_proxies.PROXIES)
+        assert set(found) == set(nas_proxies.ORDER)
         if cell[0]:
             assert all(np.isfinite(x) for x in found.values())
         else:  # nothing reaches the outputs

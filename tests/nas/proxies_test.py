@@ -202,6 +202,10 @@ def test_zen():
         normed, {"kernel": kernel}, old, BATCH, key
     )
     assert without == pytest.approx(np.log(np.abs(a - b).sum() / 8), rel=1e-3)
+    nothing = {"kernel": jnp.zeros((5, 4))}
+    assert quick(proxies.zen)(
+        lambda p, s, b, k, t: (b["image"], normed(p, s, b, k, t)[1]), nothing, old, BATCH, key
+    ) == pytest.approx(np.log(np.abs(0.01 * noise).sum() / 8), rel=1e-3)
     drawn = proxies.gaussian(key, {"a": {"kernel": jnp.zeros((100, 100)), "bias": jnp.zeros(3)}})
     assert float(np.std(drawn["a"]["kernel"])) == pytest.approx(1, abs=0.04)
     assert not np.any(drawn["a"]["bias"])
