@@ -49,6 +49,7 @@ from experiments.sparse_report import Panel, cross_entropy, panels_plot, publish
 
 NAME = "nas_darts"
 ARMS = {"DARTS": 0.0, "DARTS-": 1.0}  # how strong the auxiliary skip connection is at first
+PARTS = {"DARTS": "darts", "DARTS-": "darts-minus"}  # folders
 PUBLISHED = {"DARTS": 39.77, "DARTS-": 91.03}
 SKIP, FREE = OPERATIONS.index("skip"), ("none", "skip", "pool")
 
@@ -167,7 +168,7 @@ class Bench:
 
     def run(self, arm: str, seed: int) -> list[dict[str, Any]]:
         """One search's looks at the table."""
-        config, part = self.config, self.here.part(f"{arm.lower()}seed{seed}")
+        config, part = self.config, self.here.part(f"{PARTS[arm]}-seed{seed}")
         batches = dataclasses.replace(self.batches, key=jax.random.key(seed))
         fit(
             part, self.step, self.init(jax.random.key(seed)), batches, steps=config.steps,
