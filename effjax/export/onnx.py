@@ -19,8 +19,9 @@ from effjax.errors import ExportError
 from effjax.export import onnx_patterns
 from effjax.export.extras import need
 from effjax.export.marker import codes, is_marker, read, scope_of
-from effjax.export.onnx_graph import OPSET, Graph, Grid, Node, Value, constant
+from effjax.export.onnx_graph import OPSET, Graph
 from effjax.export.onnx_rules import RULES, VIEWS
+from effjax.export.onnx_values import Grid, Node, Value, constant
 from effjax.jaxprs import Call, Eqn, Jaxpr, Remat, Ruled, is_literal, parts, rerun
 from effjax.select import leaves
 

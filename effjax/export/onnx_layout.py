@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from effjax.errors import ExportError
-from effjax.export.onnx_graph import Graph, Sum, Value, dtype_of, shape_of, size
+from effjax.export.onnx_graph import Graph
+from effjax.export.onnx_values import Sum, Value, dtype_of, shape_of, size
 from effjax.jaxprs import Eqn
 
 

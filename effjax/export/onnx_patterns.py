@@ -5,7 +5,8 @@ What is replaced is left in the graph; where nothing else reads it, it is not wr
 
 import numpy as np
 
-from effjax.export.onnx_graph import Graph, Grid, Node, Sum, Value, shape_of
+from effjax.export.onnx_graph import Graph
+from effjax.export.onnx_values import Grid, Node, Sum, Value, shape_of
 from effjax.jaxprs import Eqn
 
 

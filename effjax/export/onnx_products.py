@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from effjax.errors import ExportError
-from effjax.export.onnx_graph import Graph, Value, shape_of, size
+from effjax.export.onnx_graph import Graph
+from effjax.export.onnx_values import Value, shape_of, size
 from effjax.jaxprs import Eqn
 
 Biased = Callable[[np.ndarray, int], str | None]  # a bias in the stored order and rank

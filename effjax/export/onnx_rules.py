@@ -7,8 +7,9 @@ import numpy as np
 
 from effjax.errors import ExportError
 from effjax.export import onnx_layout, onnx_patterns
-from effjax.export.onnx_graph import Graph, Value, constant, dtype_of, shape_of
+from effjax.export.onnx_graph import Graph
 from effjax.export.onnx_products import convolution, product
+from effjax.export.onnx_values import Value, constant, dtype_of, shape_of
 from effjax.jaxprs import CONV, DOT, GATHER, Eqn
 
 Rule = Callable[..., Value | list[Value]]

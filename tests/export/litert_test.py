@@ -13,6 +13,7 @@ from effjax.errors import ExportError
 from effjax.export import litert
 from effjax.export.litert import integer_kernels, kernels, run, to_litert
 from effjax.export.marker import tapped
+from effjax.quantize.marker import Quantizer, fake_quant
 from tests.export.frozen_programs import PROGRAMS, SIGNED, UNSIGNED, images
 
 WHY = "needs litert-converter and ai-edge-litert: pip install 'effjax[litert]'"
@@ -60,6 +61,27 @@ def test_weights_are_stored_as_integers():
     weights = 9 * (3 * 64 + 64 * 64 + 64 * 128 + 128 * 128) + 128 * 10
     assert len(data) < 1.1 * (weights + 4 * (2 * 64 + 2 * 128 + 10))
     assert kernels(data)["QUANTIZE float32"] == 1
+
+
+def test_weights_of_few_bits_are_packed():
+    def size(bits):
+        bound = 2 ** (bits - 1) - 1
+        codes = np.random.default_rng(0).integers(-bound, bound + 1, (128, 128))
+        scale = np.full(128, 0.05, np.float32)
+        weight, half = (codes * scale).astype(np.float32), np.float32(0.5)
+
+        def apply(x):
+            x = fake_quant(x, Quantizer("x:input", half, -127, 127))
+            w = fake_quant(jnp.asarray(weight), Quantizer("k:weight", scale, -bound, bound, 1))
+            return fake_quant(x @ w, Quantizer("k:output", half, -127, 127))
+
+        x = images((128,), 2)
+        data = to_litert(apply, aval(*x.shape))
+        np.testing.assert_allclose(run(data)(x)[0], jax.jit(apply)(x), atol=0.501)
+        return len(data)
+
+    eight, four, two = size(8), size(4), size(2)
+    assert (eight - four, eight - two) == pytest.approx((128 * 64, 128 * 96), abs=200)
 
 
 def test_an_operation_without_a_translation_is_named_with_its_layer():
