@@ -1,6 +1,7 @@
 """Every transform, and every pair, through the laws. A new transform joins TRANSFORMS."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -32,10 +33,44 @@ def width(model):
     return ej.nas.width(groups, choices=(0.5, 1.0), samples=1)
 
 
+@functools.cache
+def supernet(model):
+    """Elastic in all that the model can be; bits and kernels in the modules alone, for time."""
+    nas = ej.nas
+    net = MODELS[model]()
+    if model == "raw":
+        return nas.Supernet(
+            net,
+            nets.BATCH,
+            {
+                "width": nas.Width("^hidden/kernel$", (0.5, 1.0)),
+                "zeros": nas.Sparsity("^hidden/kernel$", (0.0, 0.5)),
+            },
+        )
+    return nas.Supernet(
+        net,
+        nets.BATCH,
+        {
+            "one": nas.Width("^conv1/kernel$", (0.5, 1.0)),
+            "two": nas.Width("^conv2/kernel$", (0.5, 1.0)),
+            "size": nas.Kernel("^conv2/kernel$", (1, 3), matrices=True),
+            "zeros": nas.Sparsity("^conv2/kernel$", (0.0, 0.5)),
+            "bits": nas.Bits("^conv2/kernel$", (4, 8), 8),
+        },
+    )
+
+
+def fixed(model):
+    net = supernet(model)
+    return ej.nas.fixed(net, net.smallest)
+
+
 # name -> (model name -> Transform); the order is the order in which a chain takes them.
 TRANSFORMS = {
     "width": width,
     "darts": lambda model: ej.nas.darts({"edges": 1}, ("skip", "flip", "tanh"), auxiliary=0.1),
+    "supernet": lambda model: ej.nas.elastic(supernet(model), samples=1),
+    "fixed": fixed,
     "magnitude": lambda model: ej.prune.magnitude(0.5, begin=0, end=3, select="kernel$"),
     "magnitude_global": lambda model: ej.prune.magnitude(
         0.8, begin=1, end=3, budget="global", select="kernel$"

@@ -34,7 +34,7 @@ class When(NamedTuple):
 
     name: str
     values: tuple[Any, ...]
-    then: Choice | Integer | Float
+    then: Any  # a Choice, Integer or Float; in a supernet, what is elastic
 
 
 class Repeat(NamedTuple):

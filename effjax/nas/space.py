@@ -148,7 +148,7 @@ class Space:
 
     def _draw(self, key: Array, shape: tuple[int, ...]) -> Array:
         """Uniform draws that know no constraint."""
-        return self._canonical(self._independent(key, shape))
+        return self.canonical(self._independent(key, shape))
 
     def _independent(self, key: Array, shape: tuple[int, ...]) -> Array:
         """Each gene as if it were active: given that, genes are independent of each other."""
@@ -164,7 +164,8 @@ class Space:
         # whether another is active: eight times slower.
         return jax.lax.optimization_barrier(genes)
 
-    def _canonical(self, genes: Array) -> Array:
+    def canonical(self, genes: Array) -> Array:
+        """Vectors with 0 for their inactive genes: int32 [..., genes]."""
         if all(parent is None for parent in self.parents):
             return genes
         return jnp.where(self.active(genes), genes, 0)
@@ -214,7 +215,7 @@ class Space:
             if all(parent is None for parent in self.parents):
                 return moved
             fresh = self._independent(jax.random.fold_in(key, 1), genes.shape[:-1])
-            return self._canonical(jnp.where(old, moved, fresh))
+            return self.canonical(jnp.where(old, moved, fresh))
 
         return self._until_valid(key, once, _TRIES, genes)
 
@@ -224,7 +225,7 @@ class Space:
         def once(key: Array) -> Array:
             in_a, in_b = self.active(a), self.active(b)
             coin = jax.random.bernoulli(key, 0.5, a.shape)
-            return self._canonical(jnp.where(jnp.where(in_a == in_b, coin, in_a), a, b))
+            return self.canonical(jnp.where(jnp.where(in_a == in_b, coin, in_a), a, b))
 
         return self._until_valid(key, once, _TRIES, a)
 
@@ -257,7 +258,7 @@ class Space:
                     rows.append(genes.copy())
                     rows[-1][i] = value
         found = np.array(rows, np.int32).reshape(-1, len(genes))
-        found = np.asarray(self._canonical(jnp.asarray(found)))
+        found = np.asarray(self.canonical(jnp.asarray(found)))
         return found[np.asarray(self.valid(jnp.asarray(found)))]
 
     def enumerate(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A chosen sub-network of a width search: set it, and measure its BatchNorm statistics anew."""
+"""A chosen sub-network: set it, and measure its BatchNorm statistics anew."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,38 +24,44 @@ def subnet(state: Any, arch: Array, name: str | None = None) -> Any:
 
     Args:
       state: a TrainState, or the transform's part of one.
-      arch: int32 [groups], see `WidthSpace`; may be traced.
-      name: the width search's name in the chain, needed if there are several.
+      arch: int32 [genes], see `Supernet`, or [groups], see `WidthSpace`; may be traced.
+      name: the name of the width search or supernet in the chain, needed if there are several.
 
     Returns:
       The same kind of state; evaluation and `export` use the architecture, training is unchanged.
 
     Raises:
-      SetupError: no width search of that name, several of them, or an architecture that is not
-        int32 [groups].
+      SetupError: nothing of that name has architectures, several have, or the architecture is not
+        int32 [genes].
     """
     if isinstance(state, TrainState):
         return state._replace(transform=subnet(state.transform, arch, name))
-    if name is None and _is_width(state):
-        return {"width": _check(arch, state["width"])}
-    slots = [n for n, own in state.items() if _is_width(own)] if isinstance(state, Mapping) else []
+    if name is None and (entry := _entry(state)):
+        return {**state, entry: _check(arch, state[entry])}
+    slots = [n for n, own in state.items() if _entry(own)] if isinstance(state, Mapping) else []
     if name is None and len(slots) == 1:
         name = slots[0]
     if name not in slots:
         wanted = "one width search" if name is None else f"a width search named {name!r}"
-        raise SetupError(f"the state should hold {wanted}; those it holds are named {slots}.")
-    return {**state, name: {"width": _check(arch, state[name]["width"])}}
+        raise SetupError(
+            f"the state should hold {wanted} or supernet; those it holds are named {slots}."
+        )
+    return {**state, name: subnet(state[name], arch)}
 
 
-def _is_width(state: Any) -> bool:
-    return isinstance(state, Mapping) and set(state) == {"width"}
+def _entry(state: Any) -> str:
+    """Where a transform's state has its architecture; "" if it has none."""
+    found = set(state) if isinstance(state, Mapping) else set()
+    if found == {"width"}:
+        return "width"
+    return "arch" if found in ({"arch"}, {"arch", "quant"}) else ""
 
 
 def _check(arch: Array, old: Array) -> Array:
     if np.shape(arch) != np.shape(old) or not jnp.issubdtype(jnp.result_type(arch), jnp.integer):
         raise SetupError(
             f"the architecture is {jnp.result_type(arch)}{list(np.shape(arch))}; it is "
-            f"int32{list(np.shape(old))}, one index into the width choices for each group."
+            f"int32{list(np.shape(old))}, one index into the choices for each gene."
         )
     return jnp.asarray(arch, jnp.int32)
 
