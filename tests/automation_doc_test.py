@@ -28,5 +28,5 @@ def test_the_code_runs(tmp_path, monkeypatch):
 
 def test_the_names_exist():
     strategies = re.findall(r"^\| `(\w+)` \|", PAGE, re.M)
-    assert len(strategies) == 6
+    assert len(strategies) == 12
     assert all(hasattr(ej.nas, name) for name in strategies)
