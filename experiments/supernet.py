@@ -1,0 +1,585 @@
+"""One supernet, many networks: found on shared weights, against training each of them alone.
+
+A small residual network (52 thousand weights) is trained on Fashion-MNIST as a supernet: elastic
+widths of every layer, kernels of 3 and 5, and 0 to 2 blocks in each of two stages, 49,923 networks
+in one set of weights, by the sandwich rule with in-place distillation. Its networks are then judged
+on validation images, with BatchNorm's statistics measured anew for each, by NSGA-II and by random
+search; under three budgets of multiply-accumulates the best by validation is chosen, and reported
+on the test set. No weight is trained after that.
+
+The second supernet goes on from the first one's weights, with bits (2 to 8) of five parts of the
+network and sparsities (0 to 0.9) of the two stages as further genes, 818 million networks; budgets
+are stored bytes. An architecture is a vector of integers and an argument of every program: the
+number of compilations is checked.
+
+What is chosen is compared with
+- alone: the same network from scratch, with as many steps as its supernet (of the second kind:
+  those of both, the first as many of them dense and with 8 bits);
+- random search: networks drawn at random within the budget and trained alone, the best of them by
+  validation; all of them together take as many passes through a network as the supernets (which
+  take `2 + samples` in each step).
+
+Expected: within 1 point of alone, and above random search at equal cost. Published, for
+orientation (ImageNet, networks of a supernet without further training): BigNAS 76.5 at 200 to 80.9
+at 1,000 million MACs; Once-for-All 80.0 below 600 million.
+
+Trained alone, a network runs in the supernet's shapes, with zeros where it has no weights: it is
+the same function with the same gradients, but its first weights are drawn for the larger layers.
+
+Command: python -m experiments supernet
+Cost: 60 trainings of 300 to 1,200 steps, and 720 networks judged.
+
+Papers: Cai et al., "Once-for-All", 2020, https://arxiv.org/abs/1908.09791; Yu et al., "BigNAS",
+2020, https://arxiv.org/abs/2003.11142; Deb et al., NSGA-II, 2002.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+import effjax as ej
+from effjax import nas
+from effjax.core import PyTree
+from effjax.report import Column, Table, summarise, welch
+from effjax.report.statistics import hypervolume
+from effjax.testing import compilations
+from experiments.harness import data
+from experiments.harness.batches import make_batches, standardized
+from experiments.harness.config import check
+from experiments.harness.errors import ConfigError
+from experiments.harness.loop import fit
+from experiments.harness.progress import say
+from experiments.harness.provenance import write_json
+from experiments.harness.runs import Run, open_run, read_json
+from experiments.models import elastic as models
+from experiments.sparse_report import Panel, cross_entropy, panels_plot, publish
+
+NAME = "supernet"
+SUPERNET, ALONE, RANDOM = "supernet", "alone", "random search"
+ARMS = (SUPERNET, ALONE, RANDOM)
+COSTS = {"shape": "macs", "joint": "bytes"}
+QUANTIZED = ("stem", "down_0", "block_0", "down_1", "block_1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What may be changed.
+
+    Attributes:
+      seeds: supernets of each kind.
+      seed: the first.
+      steps: of the first kind of supernet.
+      further: of the second kind, which goes on from it.
+      batch: images a step.
+      samples: random networks a step, besides the largest and the smallest.
+      learning_rate: the largest, of a cosine schedule.
+      further_rate: likewise, of the second kind.
+      trials: networks that each strategy judges.
+      budgets: as fractions of what the largest network costs.
+      drawn: random networks under each budget.
+      judged: validation images that a trial sees.
+      calibration: batches of 128 training images for BatchNorm's statistics.
+      stem: channels of the first convolution.
+      stages: channels of each stage.
+      dataset: "fashion_mnist"; "digits" needs no download.
+      save: whether to write experiments/results and docs/images.
+    """
+
+    seeds: int = 3
+    seed: int = 0
+    steps: int = 800
+    further: int = 400
+    batch: int = 64
+    samples: int = 1
+    learning_rate: float = 4e-3
+    further_rate: float = 2e-3
+    trials: int = 60
+    budgets: tuple[float, ...] = (0.1, 0.25, 0.6)
+    drawn: int = 2
+    judged: int = 2_000
+    calibration: int = 4
+    stem: int = 8
+    stages: tuple[int, ...] = (12, 24)
+    dataset: Literal["fashion_mnist", "mnist", "digits"] = "fashion_mnist"
+    save: bool = True
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            seeds=(1, 100),
+            steps=(1, 1_000_000),
+            further=(1, 1_000_000),
+            batch=(1, 10_000),
+            samples=(0, 10),
+            learning_rate=(1e-8, 10),
+            further_rate=(1e-8, 10),
+            trials=(1, 100_000),
+            drawn=(1, 100),
+            judged=(1, 60_000),
+            calibration=(1, 1_000),
+            stem=(1, 1_024),
+            stages=(1, 1_024),
+        )
+        if not self.budgets or not all(0 < b <= 1 for b in self.budgets):
+            raise ConfigError(f"budgets are {self.budgets}; they are fractions of the largest.")
+
+    @property
+    def spec(self) -> models.Spec:
+        """The largest network."""
+        inner = tuple((width, width) for width in self.stages)
+        kernels = tuple((5, 5) for _ in self.stages)
+        return models.Spec(self.stem, self.stages, inner, kernels)
+
+
+def dimensions(config: Config, kind: str) -> dict[str, Any]:
+    """The elastic dimensions of a kind of supernet."""
+    found = models.dimensions(config.spec)
+    if kind == "joint":
+        for part in QUANTIZED:
+            found[f"bits_{part}"] = nas.Bits(f"^{part}.*kernel$", (2, 3, 4, 8), activations=8)
+        for s in range(len(config.stages)):
+            stage = f"^block_{s}.*kernel$"
+            found[f"sparsity_{s}"] = nas.Sparsity(stage, (0.0, 0.5, 0.75, 0.9))
+    return found
+
+
+class Trainer:
+    """Trains with transforms that differ in an architecture: one program for all."""
+
+    def __init__(self, model: ej.Model, transform: ej.Transform, batches: Any, alone: bool):
+        self.model, self.transform, self.batches = model, transform, batches
+
+        def optimizer(steps: Array, rate: Array) -> optax.GradientTransformation:
+            def schedule(count: Array) -> Array:
+                warm = jnp.minimum(1.0, 20 * (count + 1) / steps)
+                return rate * warm * 0.5 * (1 + jnp.cos(jnp.pi * count / steps))
+
+            return optax.adamw(schedule, weight_decay=1e-4)
+
+        def init(key: Array, params: PyTree, model_state: PyTree) -> ej.TrainState:
+            tx, example = optimizer(jnp.float32(1), jnp.float32(1)), batches.example
+            given = {"params": params, "model_state": model_state}
+            return ej.init_state(key, model, transform, tx, example, **given)
+
+        def step(state: ej.TrainState, batch: PyTree, given: Mapping[str, Array]) -> Any:
+            if alone:
+                first = state.step < given["until"]
+                arch = jnp.where(first, given["first"], given["last"])
+                state = nas.subnet(state, arch)
+            tx = optimizer(given["steps"], given["rate"])
+            return ej.make_step(model.apply, transform, cross_entropy, tx)(state, batch)
+
+        # Random numbers take XLA long to optimize and are drawn once.
+        self.init = jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})
+        self.step = step
+
+    def train(
+        self, part: Run, seed: int, steps: int, rate: float, start: Any, **given: Any
+    ) -> ej.TrainState:
+        """The trained state."""
+        params, model_state = start
+        frozen = {"steps": jnp.float32(steps), "rate": jnp.float32(rate), **given}
+        return fit(
+            part,
+            self.step,
+            self.init(jax.random.key(seed), params, model_state),
+            dataclasses.replace(self.batches, key=jax.random.key(seed)),
+            steps=steps,
+            frozen=frozen,
+            checkpoint_every=max(1, min(steps, 300)),
+            log_every=max(1, steps // 50),
+        ).state
+
+
+class Bench:
+    """The data, and the supernets of one kind."""
+
+    def __init__(self, config: Config, kind: str, here: Run, images: data.Dataset):
+        self.config, self.kind, self.here, self.images = config, kind, here, images
+        self.model = models.model(dataclasses.replace(config.spec, classes=images.classes))
+        size = min(config.batch, len(images.train.label))
+        batches = make_batches(images.train.as_dict(), size, 0, **images.standard)
+        one = {n: x[:1] for n, x in self.standard(images.train, 1).items()}
+        self.net = nas.Supernet(self.model, one, dimensions(config, kind), symmetric=False)
+        self.costs = nas.Costs(self.net)
+        self.cost = COSTS[kind]
+        self.limit = getattr(self.costs(self.net.architecture()), self.cost)
+        elastic = ej.chain(nas=nas.elastic(self.net, samples=config.samples))
+        fixed = ej.chain(nas=nas.fixed(self.net, self.net.architecture()))
+        self.supernet = Trainer(self.model, elastic, batches, alone=False)
+        self.alone = Trainer(self.model, fixed, batches, alone=True)
+        self._judges = {
+            SUPERNET: self._judge(elastic),
+            ALONE: self._judge(fixed),
+        }
+        count = min(128, size)
+        rows = [self.standard(images.train, count, i) for i in range(config.calibration)]
+        self.calibration = jax.tree.map(lambda *xs: jnp.stack(xs), *rows)
+
+    def standard(self, split: data.Split, size: int, place: int = 0) -> dict[str, Array]:
+        """Images in the order of a split."""
+        part = slice(place * size, (place + 1) * size)
+        batch = {n: jnp.asarray(x[part]) for n, x in split.as_dict().items()}
+        own = (jnp.asarray(self.images.shift), jnp.asarray(self.images.scale))
+        return standardized(batch, *own)
+
+    def _judge(self, transform: ej.Transform) -> Any:
+        recalibrated = nas.make_recalibrate(self.model.apply, transform)
+
+        def scored(outputs: Array, batch: PyTree) -> dict[str, Array]:
+            right = jnp.argmax(outputs, -1) == batch["label"]
+            return {"accuracy": right.astype(jnp.float32)}
+
+        evaluate = ej.make_eval(self.model.apply, transform, scored)
+
+        def recalibrate(state: ej.TrainState, arch: Array, batches: PyTree) -> ej.TrainState:
+            return recalibrated(nas.subnet(state, arch), batches)
+
+        def accuracy(state: ej.TrainState, batch: PyTree) -> Array:
+            return evaluate(state, batch)["accuracy"].value
+
+        return jax.jit(recalibrate), jax.jit(accuracy)
+
+    def judge(
+        self, state: ej.TrainState, arch: np.ndarray, arm: str = SUPERNET, test: bool = False
+    ) -> float:
+        """The accuracy of an architecture on validation images, or on all test images."""
+        recalibrate, accuracy = self._judges[arm]
+        own = recalibrate(state, jnp.asarray(arch), self.calibration)
+        split = self.images.test if test else self.images.validation
+        size = min(self.config.judged, len(self.images.validation.label), len(split.label))
+        chunks = len(split.label) // size if test else 1
+        found = [float(accuracy(own, self.standard(split, size, i))) for i in range(chunks)]
+        return float(np.mean(found))
+
+    def search(self, seed: int, state: ej.TrainState) -> list[dict[str, Any]]:
+        """The trials of both strategies."""
+        population = max(2, min(20, self.config.trials // 4))
+        strategies: dict[str, nas.Strategy] = {
+            "NSGA-II": nas.NSGA2(self.net, objectives=2, population=population),
+            "random": nas.RandomSearch(self.net),
+        }
+        rows: list[dict[str, Any]] = []
+        for name, strategy in strategies.items():
+            file = self.here.path / f"{self.kind}-{name}-seed{seed}.jsonl"
+            search = nas.Search(self.net, strategy, file, seed=seed)
+            while len(search.values) < self.config.trials:
+                trial = search.pending[0] if search.pending else search.ask()
+                cost = getattr(self.costs(trial.genes), self.cost)
+                reached = self.judge(state, trial.genes)
+                search.tell(trial, (reached, -float(np.log(cost))))
+            for number, value in search.values.items():
+                genes = search.trials[number].genes
+                own = {"strategy": name, "seed": seed, "genes": genes.tolist()}
+                cost = int(getattr(self.costs(genes), self.cost))
+                rows.append({**own, "validation": np.atleast_1d(value)[0], "cost": cost})
+        return rows
+
+    def within(self, budget: float) -> float:
+        return budget * self.limit
+
+    def drawn(self, seed: int, budget: float) -> list[np.ndarray]:
+        """Architectures at random within a budget."""
+        found: list[np.ndarray] = []
+        many = np.asarray(self.net.draw(jax.random.key(seed + 1_000), 4_096))
+        for arch in many:
+            if getattr(self.costs(arch), self.cost) <= self.within(budget):
+                found.append(arch)
+            if len(found) == self.config.drawn:
+                return found
+        raise ConfigError(f"hardly a network costs less than {budget} of the largest.")
+
+
+class Study:
+    """Both kinds of supernets, and the rows of all arms."""
+
+    def __init__(self, config: Config):
+        self.config, self.here = config, open_run(NAME, config)
+        self.images = data.load(config.dataset)
+        self.rows: list[dict[str, Any]] = []
+        self.trials: dict[str, list[dict[str, Any]]] = {kind: [] for kind in COSTS}
+        self.points: list[dict[str, Any]] = []
+        self.compiled: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def seeds(self) -> range:
+        return range(self.config.seed, self.config.seed + self.config.seeds)
+
+    def run(self) -> None:
+        """Everything, the supernets first."""
+        starts: dict[int, Any] = dict.fromkeys(self.seeds, (None, None))
+        for kind in COSTS:
+            bench = Bench(self.config, kind, self.here, self.images)
+            chosen: dict[tuple[int, float], np.ndarray] = {}
+            names = ("one", "recalibrate", "accuracy")
+            with _counting(names) as counts:
+                for seed in self.seeds:
+                    state = self.train(bench, seed, starts[seed])
+                    starts[seed] = state.vars.model, state.model_state
+                    chosen |= self.choose(bench, seed, state)
+            self.compiled |= {f"{kind}: {n}": c for n, c in counts().items()}
+            if many := {n: c for n, c in counts().items() if c > 1}:
+                raise AssertionError(f"an architecture was compiled for: {many}")
+            for (seed, budget), arch in chosen.items():
+                self.alone(bench, ALONE, seed, budget, [arch])
+            for seed in self.seeds:
+                for budget in self.config.budgets:
+                    self.alone(bench, RANDOM, seed, budget, bench.drawn(seed, budget))
+
+    def train(self, bench: Bench, seed: int, start: Any) -> ej.TrainState:
+        config, began = self.config, time.monotonic()
+        first = bench.kind == "shape"
+        steps = config.steps if first else config.further
+        rate = config.learning_rate if first else config.further_rate
+        part = self.here.part(f"{bench.kind}-supernet-seed{seed}")
+        state = bench.supernet.train(part, seed, steps, rate, start)
+        say(f"{bench.kind} supernet, seed {seed}: {time.monotonic() - began:.0f} s")
+        return state
+
+    def choose(
+        self, bench: Bench, seed: int, state: ej.TrainState
+    ) -> dict[tuple[int, float], np.ndarray]:
+        """The best by validation under each budget."""
+        began = time.monotonic()
+        trials = bench.search(seed, state)
+        self.trials[bench.kind] += trials
+        found = {}
+        for budget in self.config.budgets:
+            within = [t for t in trials if t["cost"] <= bench.within(budget)]
+            if not within:
+                raise ConfigError(f"no trial costs less than {budget} of the largest.")
+            best = max(within, key=lambda t: t["validation"])
+            arch = np.array(best["genes"], np.int32)
+            found[seed, budget] = arch
+            accuracy = bench.judge(state, arch, test=True)
+            self.note(bench, SUPERNET, seed, budget, arch, best["validation"], accuracy)
+            self.extract(bench, seed, budget, arch, state)
+        say(f"{bench.kind} search, seed {seed}: {time.monotonic() - began:.0f} s")
+        return found
+
+    def extract(
+        self, bench: Bench, seed: int, budget: float, arch: np.ndarray, state: ej.TrainState
+    ) -> None:
+        """The chosen network as one of its own, which must give the same outputs."""
+        recalibrate, _ = bench._judges[SUPERNET]
+        own = recalibrate(state, jnp.asarray(arch), bench.calibration)
+        spec = dataclasses.replace(self.config.spec, classes=self.images.classes)
+        batch = bench.standard(self.images.validation, 64)
+        found = nas.extract(
+            bench.net,
+            arch,
+            lambda config, channels: models.model(models.chosen(spec, config, channels)),
+            own.vars.model,
+            own.model_state,
+            batch,
+        )
+        facts = {}
+        if found.quantizer is not None:
+            setup = ej.Setup(found.model.apply, found.model_state, batch)
+            q = found.quantizer.init(jax.random.key(0), found.params, setup)[1]
+            facts = found.quantizer.describe(found.params, {}, q)
+        size = ej.footprint(found.params, facts=facts, model_state=found.model_state)
+        one = jax.tree.map(lambda x: x[:1], batch)
+        sites = ej.find_sites(found.model.apply, found.params, found.model_state, one)
+        self.points.append(
+            {
+                "kind": bench.kind,
+                "seed": seed,
+                "budget": budget,
+                "config": found.config,
+                "difference": found.difference,
+                "bytes": size.totals.bytes,
+                "macs": sum(site.macs for site in sites),
+            }
+        )
+        exact = bench.costs(arch)
+        assert exact.macs == self.points[-1]["macs"], "the extracted network multiplies as counted"
+        assert exact.bytes >= self.points[-1]["bytes"], "no more is stored than was counted"
+
+    def alone(
+        self, bench: Bench, arm: str, seed: int, budget: float, archs: list[np.ndarray]
+    ) -> None:
+        """Trains architectures from scratch, and notes the best by validation."""
+        config, began, joint = self.config, time.monotonic(), bench.kind == "joint"
+        steps = config.steps + (config.further if joint else 0)
+        if arm == RANDOM:
+            passes = (2 + config.samples) * steps
+            steps = passes // (config.drawn * len(config.budgets))
+        found = []
+        for i, arch in enumerate(archs):
+            # Dense and of 8 bits, as long as a share of the steps of the supernets was.
+            first = arch.copy()
+            for gene, name in enumerate(bench.net.names):
+                if name.startswith(("bits", "sparsity")):
+                    first[gene] = len(bench.net.values[gene]) - 1
+            share = config.steps / (config.steps + config.further) if joint else 0.0
+            label = f"{bench.kind}-{arm.replace(' ', '-')}-{budget}-{i}-seed{seed}"
+            part = self.here.part(label)
+            done = read_json(part.path / "result.json")
+            if done is None or done["genes"] != arch.tolist():
+                state = bench.alone.train(
+                    part,
+                    seed + 100 * i,
+                    steps,
+                    config.learning_rate,
+                    (None, None),
+                    until=jnp.int32(share * steps),
+                    first=jnp.asarray(first),
+                    last=jnp.asarray(arch),
+                )
+                done = {"genes": arch.tolist(), "validation": bench.judge(state, arch, ALONE)}
+                done["test"] = bench.judge(state, arch, ALONE, test=True)
+                write_json(part.path / "result.json", done)
+            found.append((done["validation"], done["test"], arch))
+        validation, accuracy, arch = max(found, key=lambda x: x[0])
+        self.note(bench, arm, seed, budget, arch, validation, accuracy, steps)
+        say(f"{bench.kind}, {arm}, {budget}, seed {seed}: {time.monotonic() - began:.0f} s")
+
+    def note(
+        self,
+        bench: Bench,
+        arm: str,
+        seed: int,
+        budget: float,
+        arch: np.ndarray,
+        validation: float,
+        accuracy: float,
+        steps: int = 0,
+    ) -> None:
+        """Adds a row."""
+        costs = {n: int(x) for n, x in bench.costs(arch)._asdict().items()}
+        unit = "MACs" if bench.cost == "macs" else "bytes"
+        row = {
+            "name": f"{unit} ≤ {budget:.0%}, {arm}",
+            "kind": bench.kind,
+            "arm": arm,
+            "budget": budget,
+            "seed": seed,
+            "genes": arch.tolist(),
+            "validation": float(validation),
+            "accuracy": accuracy,
+            "steps": steps,
+            **costs,
+        }
+        self.rows.append(row)
+        say(f"{row['name']}, seed {seed}: {accuracy:.2%}, {costs[bench.cost]:,} {unit}")
+
+
+@contextlib.contextmanager
+def _counting(names: Sequence[str]) -> Iterator[Callable[[], dict[str, int]]]:
+    """How often each jitted function of these names is compiled."""
+    with contextlib.ExitStack() as stack:
+        found = {name: stack.enter_context(compilations(name)) for name in names}
+        yield lambda: {name: len(own) for name, own in found.items()}
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains everything, and reports."""
+    began = time.monotonic()
+    study = Study(config)
+    study.run()
+    rows = study.rows
+    results: dict[str, Any] = {"rows": rows, "points": study.points, "trials": study.trials}
+    results |= {"compiled": study.compiled, "seconds": time.monotonic() - began}
+    results["volumes"] = {kind: volumes(study.trials[kind]) for kind in COSTS}
+    results["against"] = {
+        kind: {arm: against(rows, kind, arm) for arm in (ALONE, RANDOM)} for kind in COSTS
+    }
+    results |= {"columns": [column._asdict() for column in COLUMNS]}
+    publish(study.here, results, tables, figures, config.save)
+    return {
+        f"{kind}, points above {a}": x
+        for kind, y in results["against"].items()
+        for a, x in y.items()
+    }
+
+
+def accuracies(rows: list[dict[str, Any]], kind: str, arm: str) -> dict[float, np.ndarray]:
+    """{budget: test accuracies in per cent, by seed}."""
+    mine = sorted(
+        (r for r in rows if (r["kind"], r["arm"]) == (kind, arm)), key=lambda r: r["seed"]
+    )
+    return {
+        budget: np.array([100 * r["accuracy"] for r in mine if r["budget"] == budget])
+        for budget in dict.fromkeys(r["budget"] for r in mine)
+    }
+
+
+def against(rows: list[dict[str, Any]], kind: str, arm: str) -> dict[str, Any]:
+    """{budget: points that the supernet's network is above another arm's, and Welch's p}."""
+    own, other = accuracies(rows, kind, SUPERNET), accuracies(rows, kind, arm)
+    found: dict[str, Any] = {}
+    for budget, values in own.items():
+        found[str(budget)] = {"points": float((values - other[budget]).mean())}
+        if len(values) > 1:
+            found[str(budget)]["p"] = float(welch(values.tolist(), other[budget].tolist()).p)
+    return found
+
+
+def volumes(trials: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """{strategy: hypervolume over log cost and validation accuracy, by seed}, in per cent of the
+    box of all trials."""
+    cost = np.log([t["cost"] for t in trials])
+    value = np.array([t["validation"] for t in trials])
+    box = (cost.max() - cost.min()) * (value.max() - value.min()) or 1.0
+    found: dict[str, list[float]] = {}
+    for name in dict.fromkeys(t["strategy"] for t in trials):
+        for seed in dict.fromkeys(t["seed"] for t in trials):
+            mine = [i for i, t in enumerate(trials) if (t["strategy"], t["seed"]) == (name, seed)]
+            points = [(cost[i], value[i]) for i in mine]
+            volume = hypervolume(points, (cost.max(), value.min()), (False, True))
+            found.setdefault(name, []).append(100 * volume / box)
+    return found
+
+
+COLUMNS = (
+    Column("accuracy", "test accuracy (%)", ".2f", "max", 100),
+    Column("macs", "MACs (thousands)", ".0f", "min", 1e-3),
+    Column("bytes", "stored kB", ".1f", "min", 1e-3),
+    Column("steps", "own steps", ".0f", "min"),
+)
+
+
+def tables(results: dict[str, Any]) -> dict[str, Table]:
+    """Budgets and arms down."""
+    config, against = results["config"], results["against"]
+    differences = "; ".join(
+        f"{kind} against {arm}: "
+        + ", ".join(f"{float(b):.0%} {x['points']:+.2f}" for b, x in own.items())
+        for kind, arms in against.items()
+        for arm, own in arms.items()
+    )
+    caption = (
+        f"{config['dataset']}: supernets of {config['steps']} steps, and {config['further']} more "
+        "with bits and sparsities, of "
+        f"{2 + config['samples']} networks of {config['batch']} images; mean ± standard deviation "
+        f"of {config['seeds']} seeds. Points of the supernet above the others, {differences}."
+    )
+    rows = sorted(results["rows"], key=lambda r: (r["kind"] == "joint", r["budget"]))
+    return {NAME: summarise(rows, COLUMNS, heading="budget", caption=caption)}
+
+
+def figures(results: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    """Test accuracy by budget, of both kinds."""
+    rows, budgets = results["rows"], results["config"]["budgets"]
+    places = [float(i) for i in range(len(budgets))]
+    panels = []
+    for kind, title in (("shape", "Widths, kernels, depths"), ("joint", "Bits and sparsities too")):
+        series = {}
+        for arm in ARMS:
+            found = accuracies(rows, kind, arm)
+            series[arm] = (places, np.stack([found[b] for b in budgets], axis=1))
+        ticks = {place: f"{b:.0%}" for place, b in zip(places, budgets, strict=True)}
+        unit = "MACs" if COSTS[kind] == "macs" else "stored bytes"
+        panels.append(Panel(series, f"{unit}, of the largest's", "test accuracy (%)", title, ticks))
+    return {NAME: panels_plot(panels, source, width=7.0, height=3.0)}

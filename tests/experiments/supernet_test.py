@@ -1,0 +1,53 @@
+"""The supernet against training alone, at a size that a test has time for."""
+
+import json
+
+import pytest
+
+from experiments import supernet
+from experiments.harness.errors import ConfigError
+from experiments.models import elastic
+
+
+def test_what_cannot_be_meant_is_an_error():
+    with pytest.raises(ConfigError, match="fractions of the largest"):
+        supernet.Config(budgets=(0.5, 2.0))
+    with pytest.raises(ValueError, match=r"\[2, 2\] and \[2, 1\] blocks"):
+        elastic.Spec(kernels=((5, 5), (5,)))
+
+
+def test_the_statistics_by_hand():
+    def row(arm, seed, accuracy):
+        return {"kind": "shape", "arm": arm, "budget": 0.5, "seed": seed, "accuracy": accuracy}
+
+    rows = [row(supernet.SUPERNET, 0, 0.9), row(supernet.SUPERNET, 1, 0.8)]
+    rows += [row(supernet.ALONE, 1, 0.7), row(supernet.ALONE, 0, 0.9)]
+    found = supernet.against(rows, "shape", supernet.ALONE)
+    assert found["0.5"]["points"] == pytest.approx((0 + 10) / 2)
+    trials = [
+        {"strategy": name, "seed": 0, "cost": cost, "validation": value}
+        for name, cost, value in (("a", 1, 0.5), ("a", 10, 1.0), ("b", 10, 0.5), ("b", 100, 1.0))
+    ]
+    # The box: log cost over two decades, accuracy 0.5 to 1; a's (10, 1) covers half of it.
+    assert supernet.volumes(trials) == {"a": [pytest.approx(50)], "b": [pytest.approx(0)]}
+
+
+@pytest.mark.slow
+def test_a_small_run_resumes_and_reports(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFJAX_RUNS", str(tmp_path))
+    small = {"seeds": 1, "dataset": "digits", "steps": 4, "further": 3, "trials": 6, "drawn": 1}
+    small |= {"judged": 100, "calibration": 1, "budgets": (0.6, 0.9), "save": False}
+    config = supernet.Config(**small)
+    found = supernet.run(config)
+    assert set(found) == {
+        f"{kind}, points above {arm}"
+        for kind in supernet.COSTS
+        for arm in (supernet.ALONE, supernet.RANDOM)
+    }
+    [path] = tmp_path.glob("supernet/*/summary.json")
+    first = json.loads(path.read_text())
+    assert max(first["compiled"].values()) == 1
+    assert all(p["difference"] < 1e-2 for p in first["points"])
+    assert len(first["trials"]["joint"]) == 12
+    assert supernet.run(config) == found
+    assert json.loads(path.read_text())["rows"] == first["rows"]
