@@ -375,7 +375,7 @@ class Study:
         own = recalibrate(state, jnp.asarray(arch), bench.calibration)
         spec = dataclasses.replace(self.config.spec, classes=self.images.classes)
         batch = bench.standard(self.images.validation, 64)
-        found = nas.extract(
+        found = nas.extract_subnet(
             bench.net,
             arch,
             lambda config, channels: models.model(models.chosen(spec, config, channels)),
