@@ -3,9 +3,9 @@
 from effjax.nas import pbt, proxies
 from effjax.nas.differentiable import Latency, darts
 from effjax.nas.dimensions import Choice, Float, Integer, Repeat, When
-from effjax.nas.found import CollapseWarning, extract
 from effjax.nas.elastic import elastic, progressive
 from effjax.nas.fixed import fixed
+from effjax.nas.found import CollapseWarning, extract
 from effjax.nas.groups import WidthSpace, width_space
 from effjax.nas.hardware import Constrained, mnasnet_reward, within
 from effjax.nas.optuna_search import ASHA, NSGA2, TPE, Hyperband

@@ -185,7 +185,7 @@ def dimensions(spec: Spec, widths: tuple[float, ...] = (0.5, 0.75, 1.0)) -> dict
 
 
 def chosen(spec: Spec, config: Mapping[str, Any], channels: Mapping[str, int]) -> Spec:
-    """The member that a configuration of `dimensions` is; `channels` as `ej.nas.extract_subnet` has."""
+    """The member that a configuration of `dimensions` is; `channels` as `Supernet.channels`."""
     depths = [config[f"depth_{s}"] for s in range(len(spec.stages))]
     places = [[(s, b) for b in range(depth)] for s, depth in enumerate(depths)]
     return Spec(
