@@ -162,6 +162,7 @@ def test_one_network_alone_trains_as_the_extracted_one():
     assert np.array_equal(after.vars.model["c"]["in"], PARAMS["c"]["in"])
 
 
+@pytest.mark.slow
 def test_bits_and_sparsity_change_without_compiling():
     """All in one supernet: what is counted are the compilations of the step and of evaluation."""
     net = nas.Supernet(

@@ -75,7 +75,7 @@ def by_hand(tree, spec):
     return {path: cut(path, x) for path, x in leaves(tree).items() if path in shapes}
 
 
-@pytest.mark.parametrize("library", ["linen", "nnx"])
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_a_view_computes_what_the_network_cut_by_hand_computes(library):
     net = supernet(library)
     params, state = trained_like(net.model)
@@ -220,7 +220,8 @@ def test_sparsity_counts_the_weights_that_are_kept():
         assert out.max() <= np.abs(x)[left].min()
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["linen", "nnx"])
 def test_bits_are_those_of_qat(library):
     more = {"bits": nas.Bits("^(down_0|block_0_0).*kernel$", (2, 4, 8), activations=8)}
     net = supernet(library, **more)
@@ -275,6 +276,7 @@ def test_matrices_transform_the_taps_of_smaller_kernels():
         np.testing.assert_array_equal(plain, view(params, arch)["kernel"])
 
 
+@pytest.mark.slow
 def test_a_resolution_is_run_at():
     model = models.model(models.Spec(2, (2,), ((),), ((),), classes=3))
     net = nas.Supernet(model, BATCH, {"size": nas.Resolution((8, 12))})
