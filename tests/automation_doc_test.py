@@ -11,7 +11,7 @@ PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "automation.md").read_te
 def test_the_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
-    assert len(blocks) == 10
+    assert len(blocks) == 13
     names: dict = {"__name__": "page"}
     best = []
     for block in blocks:
