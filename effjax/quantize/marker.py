@@ -67,7 +67,7 @@ def fake_quant(x: Array, quantizer: Quantizer, *, marked: bool = True) -> Array:
       zero_point: int64, of the same shape
       dtype: "i8", "i4" or "i2"
       narrow_range: bool, whether the lowest code is left out
-      quantization_dimension: the axis, where each channel has a scale
+      quantization_dimension: the axis, where there are several scales
 
     A quantizer whose range int8 does not clip (`Quantizer.clips`: of less than 8 bits) is two
     composites on the 8-bit grid of its scale with a clamp between them, s · low ... s · high: what
@@ -109,14 +109,15 @@ def _rounded(x: Array, own: Quantizer, low: int, high: int, marked: bool) -> Arr
         return lax.clamp(np.float32(low), codes, np.float32(high)) * s
 
     if not marked:
-        return arithmetic(jnp.asarray(scale), x)
+        # XLA would divide by a constant as a product with its reciprocal, which rounds elsewhere.
+        return arithmetic(lax.optimization_barrier(jnp.asarray(scale)), x)
     attributes: dict[str, Any] = {
         "scale": scale,
         "zero_point": np.full(scale.shape, own.zero_point, np.int64),
         "dtype": f"i{_width(own)}",
         "narrow_range": own.narrow,
     }
-    if own.axis is not None:
+    if own.axis is not None and scale.size > 1:
         attributes["quantization_dimension"] = own.axis
     marker = functools.partial(jax.lax.composite, name=NAME)(arithmetic)
     with jax.named_scope(own.name.replace("/", ".")):
