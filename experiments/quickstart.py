@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent import futures
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +46,7 @@ from experiments import quickstart_report as report
 from experiments.harness import data
 from experiments.harness.batches import Batches, make_batches, standardized
 from experiments.harness.config import check
+from experiments.harness.exporting import Trained, restore
 from experiments.harness.loop import fit
 from experiments.harness.progress import say
 from experiments.harness.runs import Run, open_run
@@ -258,6 +260,41 @@ def cross_entropy(logits: jax.Array, batch: PyTree) -> jax.Array:
 def correct(logits: jax.Array, batch: PyTree) -> dict[str, jax.Array]:
     """1 for each image that is classified rightly."""
     return {"accuracy": (jnp.argmax(logits, -1) == batch["label"]).astype(jnp.float32)}
+
+
+def trained(path: Path, config: Config) -> Trained:
+    """What the first seed of all four techniques left, cut to its chosen width, for export."""
+    digits = load(config)
+    steps = config.epochs * digits.batches(0).per_epoch
+    arms = make_arms(config, steps)
+    arm, seed = next(arm for arm in arms if arm.name == ALL_FOUR), config.seed
+    stranger = arms[0].init(jax.random.key(0), None)  # any teacher has the right shapes
+    teacher = {"kd": ej.distill.Teacher(stranger.vars.model, stranger.model_state)}
+    begin = arm.init(jax.random.key(seed), teacher)
+    state = restore(path / arm.part(seed) / "checkpoints", begin, steps)
+    chosen, spec = arm.choose(state, digits.batches(seed), digits.validation)
+    shipped = arm.ship(chosen, spec)
+    model = cnn.model(spec, config.library)
+    quant = ej.chain(quant=dict(arm.transform.members)["quant"])
+    batches = [digits.batches(seed)(jnp.int32(i)) for i in range(8)]
+    cut = ej.init_state(
+        jax.random.key(seed),
+        model,
+        quant,
+        optax.identity(),
+        batches[0],
+        params=shipped.params,
+        model_state=shipped.model_state,
+    )
+    # Ranges belong to sites, whose names stay.
+    own = {**cut.transform["quant"]}
+    own |= {kind: chosen.transform["quant"][kind] for kind in ("ranges", "count")}
+    rows = np.asarray(digits.test["valid"])
+    test = {name: np.asarray(digits.test[name])[rows] for name in ("image", "label")}
+    accuracy = arm.accuracy(chosen, digits.test)
+    return Trained(
+        model.apply, quant, cut._replace(transform={"quant": own}), batches, test, accuracy
+    )
 
 
 @functools.cache

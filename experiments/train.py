@@ -5,6 +5,7 @@ are arguments of the program: a sweep over seeds, sparsities, bits and learning 
 and `--together` trains its runs side by side as a population.
 
     python -m experiments sweep train --over sparsity=0,0.5,0.8,0.9 bits=32,8 seed=0..2
+    python -m experiments export runs/train/ID --to onnx litert stablehlo
     python -m experiments report 'sweeps/train-*/train/*' --quality accuracy --cost bytes
 
 Nothing is published for this network; see `quickstart` and `sparsity_curve` for results.
@@ -21,17 +22,21 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 import effjax as ej
 from experiments.harness import data
-from experiments.harness.batches import evaluator, make_batches
+from experiments.harness.batches import evaluator, make_batches, standardized
 from experiments.harness.config import check
+from experiments.harness.errors import ConfigError
+from experiments.harness.exporting import Trained, restore
 from experiments.harness.loop import fit
 from experiments.harness.runs import open_run
 from experiments.harness.together import fit_together
@@ -177,6 +182,29 @@ def measure(shared: Task, state: ej.TrainState, config: Config) -> dict[str, Any
         "parameters": cost.parameters,
         "nonzeros": cost.nonzeros,
     }
+
+
+def trained(path: Path, config: Config) -> Trained:
+    """What a run left, its ranges of activations fixed by calibration, for export."""
+    if config.bits >= FLOAT:
+        raise ConfigError(
+            f"{path} was trained in floating point (bits={config.bits}); there are no integers to "
+            "export. Train with --bits 8, or fewer."
+        )
+    shared, hyper = task(config.dataset, config.epochs, config.batch), hypers(config)
+    begin = shared.init(jax.random.key(config.seed), hyper)
+    state = restore(path / "checkpoints", begin, shared.steps)
+    params = ej.export(shared.transform(config.sparsity, config.bits), state)
+    batches = [shared.batches(jnp.int32(i)) for i in range(8)]
+    small = ej.quantize.ptq(
+        shared.model, params, state.model_state, batches, config.bits, config.bits
+    )
+    test = standardized(
+        jax.tree.map(jnp.asarray, shared.images.test.as_dict()), *shared.images.standard.values()
+    )
+    held = {name: np.asarray(x) for name, x in test.items()}
+    accuracy = shared.test((state, hyper))["accuracy"]
+    return Trained(shared.model.apply, *small, batches, held, accuracy)
 
 
 def train_together(configs: Sequence[Config]) -> None:

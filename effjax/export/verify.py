@@ -123,34 +123,39 @@ def deploy(
 
 
 def function(frozen: Frozen) -> Callable[..., Any]:
-    """The marked function of the inputs alone, in their order, its weights constants."""
+    """The marked function of the inputs alone, {name: array}, its weights constants."""
     weights = frozen.floats()
-    names = list(frozen.example)
-
-    def call(*arrays: Any) -> Any:
-        return frozen.marked(weights, dict(zip(names, arrays, strict=True)))
-
-    return call
+    return lambda inputs: frozen.marked(weights, inputs)
 
 
-def shapes(frozen: Frozen, batch: int | None) -> list[jax.ShapeDtypeStruct]:
-    """Its arguments, for one size of batch or any."""
+def shapes(frozen: Frozen, batch: int | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Its argument, for one size of batch or any."""
     size = jax.export.symbolic_shape("batch")[0] if batch is None else batch
-    inputs = frozen.example.values()
-    return [jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for x in inputs]
+    inputs = frozen.example.items()
+    return {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in inputs}
+
+
+def engine(path: str | Path) -> Call:
+    """A written file in its engine, as a function of {name: array}."""
+    path = Path(path)
+    kind = FORMATS[path.suffix]
+    if kind == "stablehlo":
+        return stablehlo.load_stablehlo(path).run()
+    return _caller(onnx if kind == "onnx" else litert, path.read_bytes())
 
 
 Built = tuple[dict[Path, bytes], Call, dict[str, int], dict[str, int]]
 
 
 def _by_engine(module: Any, convert: Any, frozen: Frozen, path: Path, batch: int | None) -> Built:
-    data = convert(function(frozen), *shapes(frozen, batch))
+    data = convert(function(frozen), shapes(frozen, batch))
     return {path: data}, _caller(module, data), module.kernels(data), module.integer_kernels(data)
 
 
 def _caller(module: Any, data: bytes) -> Call:
     run = module.run(data)
-    return lambda inputs: run(*inputs.values())
+    # In the order in which jax flattens a dict.
+    return lambda inputs: run(*(inputs[name] for name in sorted(inputs)))
 
 
 def _stablehlo(frozen: Frozen, path: Path, batch: int | None) -> Built:
@@ -198,9 +203,9 @@ def _check_layers(frozen: Frozen, kind: str, batch: int | None, size: int, least
     """The smallest share of a quantizer's integers that are the same to one unit."""
     example = frozen.example
     every = tapped(function(frozen))
-    names = list(jax.eval_shape(every, *shapes(frozen, size))[1])
+    names = list(jax.eval_shape(every, shapes(frozen, size))[1])
     module, convert = (onnx, onnx.to_onnx) if kind == "onnx" else (litert, litert.to_litert)
-    call = _caller(module, convert(every, *shapes(frozen, batch)))
+    call = _caller(module, convert(every, shapes(frozen, batch)))
     found = dict(zip(names, _chunks(call, example, size)[-len(names) :], strict=True))
     wanted = jax.device_get(jax.jit(frozen.observe)(frozen.weights, example))
     dotted = {name.replace("/", "."): name for name in wanted}

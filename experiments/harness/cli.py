@@ -18,6 +18,7 @@ _USAGE = """usage: python -m experiments list
        python -m experiments NAME --help
        python -m experiments sweep NAME --over FIELD=a,b,c FIELD=0..4 [--FIELD VALUE ...]
        python -m experiments search NAME --over FIELD=a,b,c --maximize RESULT [--storage URL] ...
+       python -m experiments export RUNS ... [--to onnx litert stablehlo] [--batch N]
        python -m experiments report RUNS ... [--quality a] [--cost b] [--out FOLDER]
 
 Runs, sweeps and searches also take --track tensorboard wandb mlflow: metrics go there too; and
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _list(words[1:])
         if words[0] == "report":
             return _report(words[1:])
+        if words[0] == "export":
+            return _export(words[1:])
         if words[0] in ("sweep", "search"):
             return _many(words[0], words[1:])
         return _run(words[0], words[1:])
@@ -76,6 +79,13 @@ def _report(rest: list[str]) -> int:
         return report(rest)
     except EffjaxError as error:
         raise ExperimentError(str(error)) from error
+
+
+def _export(rest: list[str]) -> int:
+    from experiments.harness.exporting import main as export
+
+    with _stoppable("export"):
+        return export(rest)
 
 
 def _many(command: str, rest: list[str]) -> int:
