@@ -113,8 +113,8 @@ def one(
     state = fit(here, step, state, batches, steps=config.steps).state
     some = {name: x[: config.images] for name, x in images.test.as_dict().items()}
     evaluate = evaluator(ej.make_eval(own.apply, transform, scores), some, **images.standard)
-    arrays = jax.tree.map(jnp.asarray, some)
-    test = np.asarray(standardized(arrays, images.shift, images.scale)["image"])
+    arrays, shift, scale = jax.tree.map(jnp.asarray, (some, images.shift, images.scale))
+    test = np.asarray(standardized(arrays, shift, scale)["image"])
     frozen = ej.quantize.freeze(
         own.apply, transform, state, [batches(jnp.int32(i)) for i in range(8)]
     )

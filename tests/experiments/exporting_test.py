@@ -39,7 +39,8 @@ def test_what_cannot_be_exported_says_why(tmp_path, capsys, monkeypatch):
     (run / "config.json").write_text(json.dumps({"experiment": "sparsity_curve", "config": {}}))
     assert main(["export", str(run)]) == 1
     error = capsys.readouterr().err
-    assert "leave no one model to export" in error and "'quickstart', 'train'" in error
+    assert "leave no one model to export" in error
+    assert "'quickstart', 'train'" in error
     (run / "config.json").write_text(json.dumps({"experiment": "train", "config": {"bits": 32}}))
     assert main(["export", str(run)]) == 1
     assert "--bits 8" in capsys.readouterr().err

@@ -51,8 +51,13 @@ def test_a_file_that_disagrees_is_not_written(frozen, tmp_path):
 
 
 def test_a_file_whose_quantizers_vanished_is_not_written(frozen, tmp_path):
-    unmarked = frozen._replace(marked=frozen.apply)
-    refused(unmarked, tmp_path / "m.onnx", r"of 2 sites with integers the engine runs \{\}")
+    def unmarked(w, inputs):
+        x = inputs["image"].reshape(-1, 64)
+        x = jax.nn.relu(x @ w["hidden/kernel:weight"] + w["hidden/kernel:bias"])
+        return x @ w["head/kernel:weight"] + w["head/kernel:bias"]
+
+    other = frozen._replace(marked=unmarked)
+    refused(other, tmp_path / "m.onnx", r"of 2 sites with integers the engine runs \{\}")
 
 
 def test_places_and_formats_that_cannot_be(frozen, tmp_path):
