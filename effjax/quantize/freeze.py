@@ -16,8 +16,7 @@ from effjax.quantize.frozen import Distance, Frozen, Inputs, Weights, compare
 from effjax.quantize.grids import Grid, activation_grids, check_on_grids, quantizer_of
 from effjax.quantize.marker import Quantizer
 from effjax.quantize.points import Point, points
-from effjax.quantize.program import Entry, Program, write
-from effjax.quantize.program import Weights as Found
+from effjax.quantize.program import Entry, Program, Store, write
 from effjax.select import leaves
 from effjax.sites import Plan, Site, analyze
 from effjax.step import TrainState, forward
@@ -118,7 +117,7 @@ def freeze(
         )
         return jax.tree.unflatten(tree, outs)
 
-    first = Program(entries, Found(), {}, {})
+    first = Program(entries, Store(), {}, {})
     jax.eval_shape(lambda batch: written(first, batch, True), batches[0])
     weights: Weights = {n: jnp.asarray(x) for n, x in first.weights.found.items()}
     if not first.sites:
@@ -134,7 +133,7 @@ def freeze(
     example = batches[0]
 
     def program_of(weights: Weights, marked: bool) -> Program:
-        return Program(known, Found(weights), rounding, dict(kept), marked)
+        return Program(known, Store(weights), rounding, dict(kept), marked)
 
     def run(weights: Weights, inputs: Inputs, marked: bool) -> tuple[PyTree, Program]:
         program = program_of(weights, marked)
@@ -151,6 +150,7 @@ def freeze(
 
     last = program_of(weights, False)
     jax.eval_shape(lambda batch: written(last, batch, False), example)
+    weights |= {f"{n}:scale": jnp.asarray(last.quantizers[n].scale) for n in last.seen}
     frozen = Frozen(
         plainly,
         marked,
@@ -256,7 +256,7 @@ def _ranges(
 
     @jax.jit
     def ends(weights: Weights, batch: PyTree) -> dict[int, tuple[Array, Array]]:
-        program = Program(entries, Found(weights), {}, dict(weight_quantizers))
+        program = Program(entries, Store(weights), {}, dict(weight_quantizers))
         written(program, batch, False)
         return {n: (jnp.min(program.arrays[n]), jnp.max(program.arrays[n])) for n in asked}
 

@@ -62,7 +62,8 @@ class Frozen(NamedTuple):
     marked: the same with a composite for each quantizer, see `marker.fake_quant`.
     observe: `(weights, inputs) -> {quantizer: the float32 values that it gave}`, of activations.
     weights: {"<site>:weight": int8 codes; "<site>:scale": float32 [channels]; "<site>:bias": int32
-      on the grid of input scale times weight scale, or float32 where the input is not rounded; and
+      on the grid of input scale times weight scale, or float32 where the input is not rounded;
+      "<quantizer>:scale": float32 [], of activations; and
       by path, or as "constant#0", ..., what stays in floating point}.
     example: {name: array}: what the model reads of the first calibration batch.
     quantizers: {name: Quantizer}, those of weights included.

@@ -57,7 +57,9 @@ class Quantizer(NamedTuple):
         return (self.low + z, self.high + z) not in ((LOW, HIGH), (LOW + 1, HIGH))
 
 
-def fake_quant(x: Array, quantizer: Quantizer, *, marked: bool = True) -> Array:
+def fake_quant(
+    x: Array, quantizer: Quantizer, *, marked: bool = True, scale: Array | None = None
+) -> Array:
     """x rounded: s · clip(round(x / s), low, high), ties to the even integer.
 
     Where `marked` this is one `jax.lax.composite` of the name "quant.fake_quant" with the operands
@@ -78,6 +80,8 @@ def fake_quant(x: Array, quantizer: Quantizer, *, marked: bool = True) -> Array:
       quantizer: of an activation, or of a weight that lies on its grid.
       marked: False writes the same arithmetic without the composite, which jax cannot export with
         symbolic shapes.
+      scale: the quantizer's, as an argument of the program: XLA divides by a constant as a product
+        with its reciprocal, which rounds elsewhere. Read where not `marked`.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -88,16 +92,18 @@ def fake_quant(x: Array, quantizer: Quantizer, *, marked: bool = True) -> Array:
     """
     weight = quantizer.name.endswith(":weight")
     if weight or not quantizer.clips:
-        return _rounded(x, quantizer, quantizer.low, quantizer.high, marked)
+        return _rounded(x, quantizer, quantizer.low, quantizer.high, marked, scale)
     z = quantizer.zero_point
     low, high = LOW - z + quantizer.narrow, HIGH - z
-    wide = _rounded(x, quantizer, low, high, marked)
+    wide = _rounded(x, quantizer, low, high, marked, scale)
     s = np.float32(quantizer.scale)
     inside = lax.clamp(np.float32(s * quantizer.low), wide, np.float32(s * quantizer.high))
-    return _rounded(inside, quantizer, low, high, marked)
+    return _rounded(inside, quantizer, low, high, marked, scale)
 
 
-def _rounded(x: Array, own: Quantizer, low: int, high: int, marked: bool) -> Array:
+def _rounded(
+    x: Array, own: Quantizer, low: int, high: int, marked: bool, given: Array | None
+) -> Array:
     if x.dtype != jnp.float32:
         raise SetupError(f"{own.name} is {x.dtype}; a frozen quantizer rounds float32.")
     scale = np.asarray(own.scale, np.float32).reshape(-1)
@@ -109,8 +115,7 @@ def _rounded(x: Array, own: Quantizer, low: int, high: int, marked: bool) -> Arr
         return lax.clamp(np.float32(low), codes, np.float32(high)) * s
 
     if not marked:
-        # XLA would divide by a constant as a product with its reciprocal, which rounds elsewhere.
-        return arithmetic(lax.optimization_barrier(jnp.asarray(scale)), x)
+        return arithmetic(jnp.asarray(scale if given is None else given).reshape(-1), x)
     attributes: dict[str, Any] = {
         "scale": scale,
         "zero_point": np.full(scale.shape, own.zero_point, np.int64),

@@ -70,8 +70,6 @@ def points(made: Mapping[int, Made], outputs: bool) -> dict[int, Point]:
             found[number] = Point(wide, own, value.positive)
         elif value.kind == POOL and "output" in others:
             found[number] = Point(None, own, value.positive)
-        elif one is not None and "output" not in value.uses and value.kind == OTHER and not others:
-            found[number] = Point(one, "", value.positive)
     return found
 
 

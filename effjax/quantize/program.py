@@ -55,7 +55,7 @@ class Entry(NamedTuple):
 
 
 @dataclass
-class Weights:
+class Store:
     """The weights of the program: found while it is written first, then given."""
 
     given: Mapping[str, Any] | None = None
@@ -91,7 +91,7 @@ class Program:
     """
 
     entries: Mapping[str, Entry]
-    weights: Weights
+    weights: Store
     rounding: Mapping[int, Quantizer]
     quantizers: dict[str, Quantizer]
     marked: bool = False
@@ -115,7 +115,8 @@ class Program:
         return Data(self.rounded(array, own), number, positive, own)
 
     def rounded(self, x: Array, own: Quantizer) -> Array:
-        value = fake_quant(x, own, marked=self.marked)
+        scale = self.weights.all().get(f"{own.name}:scale")
+        value = fake_quant(x, own, marked=self.marked, scale=scale)
         self.seen[own.name] = value
         self.quantizers[own.name] = own
         return value
@@ -255,8 +256,15 @@ class Program:
         return [*carry, *stacked]
 
     def stacked(self, rows: list[Value]) -> Value:
-        if all(isinstance(v, Known) and v.value is not None for v in rows):
-            return known(jnp.stack([whole(v) for v in rows]), static=False)  # type: ignore[arg-type]
+        """What a scan gives of each layer."""
+        if all(isinstance(v, Known) for v in rows):
+            fixed: list[Known] = rows  # type: ignore[assignment]
+            shape = (len(rows), *fixed[0].shape)
+            found = None
+            if all(v.value is not None for v in fixed):
+                with jax.ensure_compile_time_eval():
+                    found = jnp.stack([whole(v) for v in fixed])
+            return Known(found, shape, shape)
         arrays = []
         for value in rows:
             arrays.append(self.array(self.settled(value)))
@@ -433,7 +441,8 @@ def _row(value: Data | Known, i: int) -> Value:
     if isinstance(value, Data):
         return Data(value.array[i], value.number, value.positive, value.grid)
     j = 0 if value.compact[0] == 1 else i
-    row = None if value.value is None else value.value[j]
+    with jax.ensure_compile_time_eval():
+        row = None if value.value is None else value.value[j]
     path = f"{value.path}[{i}]" if value.path else ""
     return Known(row, value.compact[1:], value.shape[1:], value.static, path)
 

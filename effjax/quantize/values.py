@@ -63,10 +63,10 @@ class Data:
 class Pending:
     """A site's result times a factor plus a shift, both for each channel, not yet computed.
 
-    channels: axes of the result along which they differ.
+    operand: the site's activation, rounded; weight: as it meets it.
+    channels: axes of the result, of this shape, along which factor and shift differ.
     factor, shift: float64, of the channels' shape; None where the program is written again.
     shifted: whether anything was added.
-    inputs: the site's quantized operand.
     """
 
     site: Site
@@ -142,7 +142,8 @@ def evaluate(jaxpr: jaxprs.Jaxpr, eqn: jaxprs.Eqn, values: Sequence[Known]) -> l
             if name == "broadcast_in_dim":
                 found = [values[0].value]
             else:
-                operands = [v.value if small else whole(v) for v in values]
+                joint = np.broadcast_shapes(*(v.compact for v in values))
+                operands = [_repeated(v, joint) if small else whole(v) for v in values]
                 found = jaxprs.applied(jaxpr, eqn)(*operands)
             if small or name == "broadcast_in_dim":
                 found = [jnp.reshape(found[0], compacts[0])]
@@ -150,6 +151,11 @@ def evaluate(jaxpr: jaxprs.Jaxpr, eqn: jaxprs.Eqn, values: Sequence[Known]) -> l
         Known(x, compact, shape, static, path)
         for x, compact, shape in zip(found, compacts, shapes, strict=True)
     ]
+
+
+def _repeated(value: Known, shape: tuple[int, ...]) -> Any:
+    """The value in a shape that all operands have; scalars stay, as in the program."""
+    return jnp.broadcast_to(value.value, shape) if value.shape else value.value
 
 
 def whole(value: Known) -> Any:

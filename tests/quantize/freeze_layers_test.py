@@ -53,7 +53,8 @@ def test_what_follows_a_layer_goes_into_its_integers_scales_and_bias():
     _, s_x = grid(X)
     shift = np.array([2.0 + 0.3, -0.5 - 0.7])
     np.testing.assert_array_equal(found.weights["kernel:bias"], np.round(shift / (s_x * steps)))
-    assert set(found.weights) == {"kernel:weight", "kernel:scale", "kernel:bias"}
+    names = {"kernel:weight", "kernel:scale", "kernel:bias", "kernel:input:scale"}
+    assert set(found.weights) == names
     # The bias is rounded by half a step at most, and nothing else differs from evaluation.
     assert found.distance.largest <= 0.5 * (s_x * steps).max() + 1e-5
 
