@@ -26,6 +26,7 @@ def write_together(files: Mapping[Path, bytes]) -> int:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # as other files; temporary ones are private
         for temporary, path in ready:
             os.replace(temporary, path)
     except OSError as error:
