@@ -41,7 +41,7 @@ def freeze(
     s_w takes in what follows the site for each channel (BatchNorm, a scaling; where its factor is
     negative w' changes sign) and b' is the bias, with BatchNorm's shift, rounded to steps of s_x ·
     s_w. Inputs that are never negative (after a ReLU) are 0 ... 255 steps of their scale, where
-    training had 0 ... 127 of them.
+    training had 0 ... 127 of them; others are -128 ... 127, where training had -127.
 
     An engine needs a grid for each result as well. One that meets a site's input alone has that
     grid. Others (before pooling or a sum) get 8 bits and the range seen in the batches, or share
@@ -289,11 +289,11 @@ def _covers(own: Quantizer, low: float, high: float) -> bool:
 
 
 def _fitted(name: str, low: float, high: float, positive: bool) -> Quantizer:
-    """8 bits between the ends that were seen: 0 ... 255, or -127 ... 127."""
+    """8 bits between the ends that were seen: 0 ... 255, or -128 ... 127."""
     steps = 255 if positive else 127
     reach = max(high, 0.0) if positive else max(high, -low)
     scale = np.float32(reach / steps) if reach > 0 else np.float32(1.0)
-    return Quantizer(name, np.asarray(scale), 0 if positive else -127, steps)
+    return Quantizer(name, np.asarray(scale), 0 if positive else -128, steps)
 
 
 def _read(evaluated: Any, params: PyTree, model_state: PyTree, batch: PyTree) -> list[str]:

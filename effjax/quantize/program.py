@@ -335,6 +335,8 @@ class Program:
         if value.positive and low < 0:
             # What is never negative has the other half of the integers too.
             low, high = 0, 255 if high == 127 else high
+        elif (low, high) == (-127, 127):
+            low = -128  # engines end there
         side = path.removeprefix(site.path) or "input"
         full = site.path + "".join(f"[{n}]" for n in layer) + ":" + side.removeprefix("/")
         own = Quantizer(full, np.asarray(scale), low, high, None, grid.bits)
