@@ -39,7 +39,12 @@ from experiments.harness.config import as_dict, check
 from experiments.harness.provenance import provenance, write_json
 
 ENGINES = ("onnx", "onnxruntime", "openvino", "ai-edge-litert", "litert-converter")
-NORMALIZED = ("cnn", "depthwise")  # with BatchNorm, folded for engines that get the float model
+LAYERS = ("stem", *(f"{k}{i}" for i in range(4) for k in ("depthwise", "pointwise")))
+# What has BatchNorm, which is folded for engines that get the float model: into which layers.
+NORMALIZED: dict[str, dict[str, str] | None] = {
+    "cnn": None,  # by their names
+    "depthwise": {layer: f"BatchNorm_{i}" for i, layer in enumerate(LAYERS)},
+}
 EXAMPLES = 64  # to calibrate on, and to compare outputs on
 
 
@@ -86,7 +91,7 @@ def measure(kind: str, config: Config) -> list[dict[str, Any]]:
     frozen = ej.quantize.freeze(model.apply, small.transform, small.state, [batch])
     weights = frozen.floats()
     if kind in NORMALIZED:
-        params, model_state = ej.quantize.fold_batchnorm(params, model_state)
+        params, model_state = ej.quantize.fold_batchnorm(params, model_state, NORMALIZED[kind])
 
     def marked(image):
         return frozen.marked(weights, {"image": image})
