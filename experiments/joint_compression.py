@@ -18,7 +18,7 @@ First and last layer have 8 bits, and are pruned as the others are. The test set
 the end of each training.
 
 Command: python -m experiments joint_compression
-Cost: 30 minutes on 2 CPU cores (40 trainings).
+Cost: an hour and a half on one CPU core that is shared with other work (40 trainings).
 
 Source of the published numbers: https://www.tensorflow.org/model_optimization/guide/combine
 """

@@ -16,7 +16,7 @@ The network is `models.strided` with 73 thousand weights. Learning rates were ch
 and with no search; the test set is used once, at the end of each training.
 
 Command: python -m experiments quantize_bits
-Cost: 25 minutes on 2 CPU cores (57 trainings).
+Cost: an hour on one CPU core that is shared with other work (57 trainings).
 
 Papers: Jacob et al. 2018, https://arxiv.org/abs/1712.05877 (QAT); Esser et al. 2020,
 https://arxiv.org/abs/1902.08153 (LSQ); Choi et al. 2018, https://arxiv.org/abs/1805.06085 (PACT);
