@@ -5,15 +5,18 @@ patches of its input.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from effjax.errors import SiteError
+from effjax.core import Apply, PyTree
+from effjax.errors import SetupError, SiteError
 from effjax.interpret import Operation
 from effjax.jaxprs import CONV
 from effjax.prune import calibration
+from effjax.prune.calibration import Leaves
 from effjax.sites import Site
 
 Shape = tuple[int, ...]
@@ -97,3 +100,85 @@ def product_with_given(op: Operation) -> tuple[Array, Array]:
     assert op.site.weight is not None
     weight = op.operands[op.site.weight].astype(jnp.float32)
     return calibration.passed_on(op), jnp.sum(weight * op.given)
+
+
+def place(
+    apply: Apply,
+    own: Leaves,
+    params: PyTree,
+    model_state: PyTree,
+    batch: PyTree,
+    key: Array,
+    given: Leaves,
+) -> Leaves:
+    """Arrays like the operations' weights, laid out like the leaves that these come from.
+
+    `own` are those leaves, `given` the arrays by site path.
+    """
+
+    def run(given: Leaves, *args: PyTree) -> Leaves:
+        handler = product_with_given
+        measured = calibration.measure(apply, handler, given, given=given, merge=jnp.maximum)
+        return calibration.pull_back(measured, *args)
+
+    return jax.jit(run)(given, own, params, model_state, batch, key)
+
+
+def check_layout(own: Leaves, placed: Leaves) -> None:
+    """Raises unless the weights at the sites, laid out like the leaves, are the leaves."""
+    for path, leaf in own.items():
+        w = leaf.astype(jnp.float32)
+        if bool(jnp.all(jnp.isfinite(w))) and not bool(
+            jnp.allclose(w, placed[path], rtol=1e-2, atol=1e-6)
+        ):
+            raise SiteError(
+                f"{path} does not meet data as it is: the model scales, masks, repeats or mixes it "
+                "with other leaves first. Merge that into the params, or leave it out."
+            )
+
+
+def check_plain(sites: Sequence[Site]) -> None:
+    """Raises if a leaf's sites are not products of one plain matrix or kernel."""
+
+    def geometry(site: Site) -> tuple[str, Shape, Shape, Shape]:
+        assert site.weight is not None
+        return site.op, site.shapes[site.weight], site.contracting[site.weight], site.stack
+
+    first = sites[0]
+    for site in sites:
+        lhs, rhs = (len(shape) for shape in site.shapes[:2])
+        summed = 2 * len(site.contracting[0])
+        if site.op == CONV and site.weight != 1:
+            raise SiteError(f"{site.path} is the first operand of a convolution, not its kernel.")
+        if site.op != CONV and lhs + rhs - summed != len(site.out):
+            raise SiteError(
+                f"{site.path} is a batch of matrices that each meet data of their own "
+                f"({site.lhs} with {site.rhs}, as in a mixture of experts), which no matrix is "
+                "solved for. Leave it out of the selector; `oneshot.wanda` can prune it."
+            )
+        if geometry(site) != geometry(first):
+            _other_layout(first.leaf)
+
+
+def check_alike(site: Site, weight: Array, others: Sequence[Array]) -> None:
+    """Raises if the uses of a leaf do not meet the same weight."""
+    if any(not bool(jnp.array_equal(weight, other, equal_nan=True)) for other in others):
+        _other_layout(site.leaf)
+
+
+def _other_layout(path: str) -> None:
+    raise SiteError(
+        f"{path} is used several times in different layouts (a table that is transposed for the "
+        "outputs), so that it has no one matrix to solve for. Leave it out of the selector; "
+        "`oneshot.wanda`, which adds up its uses, can prune it."
+    )
+
+
+def check_inputs(path: str, moments: Array) -> None:
+    """Raises if second moments say nothing about a leaf's weights."""
+    total = jnp.trace(moments, axis1=-2, axis2=-1)
+    if not bool(jnp.all(jnp.isfinite(total)) & jnp.any(total > 0)):
+        raise SetupError(
+            f"the inputs of {path} are not finite on the calibration batches, or all 0: nothing "
+            "says which of its weights matter. Look at the batches and the layers before it."
+        )

@@ -1,7 +1,7 @@
 """SparseGPT: prune a trained model layer by layer, and let the weights that stay make up for those
 that go."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import jax
@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from effjax.core import Apply, PyTree
-from effjax.errors import SetupError, SiteError
-from effjax.jaxprs import CONV
+from effjax.errors import SetupError
 from effjax.prune import calibration, matrices, patterns
 from effjax.prune.calibration import Leaves, chosen_leaves, mean, no_key, peek
 from effjax.prune.counts import Count
@@ -20,7 +19,6 @@ from effjax.schedules import Scalar, check_fraction, is_traced
 from effjax.select import KERNELS, replace
 from effjax.sites import Site
 
-Shape = tuple[int, ...]
 Sparsity = Scalar | Mapping[str, Scalar | Count]
 
 
@@ -85,7 +83,9 @@ def sparsegpt(
     uses = calibration.sites_of(apply, params, model_state, first, chosen)
     amounts = _amounts(sparsity, chosen)
     for sites in uses.values():
-        _check_uses(sites, n_m)
+        matrices.check_plain(sites)
+        if n_m is not None:
+            _check_divides(sites[0], n_m)
     masks: Leaves = {}
     for paths in [[path] for path in uses] if sequential else [list(uses)]:
         met = [site.path for path in paths for site in uses[path]]
@@ -98,14 +98,16 @@ def sparsegpt(
         solved: dict[str, tuple[Array, Array]] = {}
         for path in paths:
             site, *others = uses[path]
-            _check_alike(site, weights[site.path], [weights[other.path] for other in others])
+            matrices.check_alike(
+                site, weights[site.path], [weights[other.path] for other in others]
+            )
             h = sum((moments[other.path] for other in others), moments[site.path])
-            _check_inputs(path, h)
+            matrices.check_inputs(path, h)
             amount = amounts[path]
             solved[site.path] = _solve(site, weights[site.path], h, amount, n_m, damping, columns)
         own = {path: chosen[path] for path in paths}
-        place = partial(_place, apply, own, params, model_state, first, key)
-        _check_layout(own, place({path: weights[path] for path in solved}))
+        place = partial(matrices.place, apply, own, params, model_state, first, key)
+        matrices.check_layout(own, place({path: weights[path] for path in solved}))
         kept = place({path: mask.astype(jnp.float32) for path, (_, mask) in solved.items()})
         moved = place({path: weight for path, (weight, _) in solved.items()})
         masks |= {path: kept[path] > 0.5 for path in paths}
@@ -140,17 +142,6 @@ def _prune_all(rows, moments, sparsity, n_m, damping, columns) -> tuple[Array, A
         return prune_matrix(*args, sparsity, n_m=n_m, damping=damping, columns=columns)
 
     return lax.map(one, (rows, moments))
-
-
-def _place(apply, own, params, model_state, batch, key, given: Leaves) -> Leaves:
-    """Arrays like the operations' weights, laid out like the leaves that these come from."""
-
-    def run(given: Leaves, *args: PyTree) -> Leaves:
-        handler = matrices.product_with_given
-        measured = calibration.measure(apply, handler, given, given=given, merge=jnp.maximum)
-        return calibration.pull_back(measured, *args)
-
-    return jax.jit(run)(given, own, params, model_state, batch, key)
 
 
 def _amounts(sparsity: Sparsity | None, chosen: Leaves) -> dict[str, Scalar]:
@@ -194,71 +185,15 @@ def _check_arguments(
         )
 
 
-def _check_uses(sites: Sequence[Site], n_m: tuple[int, int] | None) -> None:
-    """Raises if a leaf's sites are not products of one plain matrix or kernel."""
-
-    def geometry(site: Site) -> tuple[str, Shape, Shape, Shape]:
-        assert site.weight is not None
-        return site.op, site.shapes[site.weight], site.contracting[site.weight], site.stack
-
-    first = sites[0]
-    for site in sites:
-        lhs, rhs = (len(shape) for shape in site.shapes[:2])
-        summed = 2 * len(site.contracting[0])
-        if site.op == CONV and site.weight != 1:
-            raise SiteError(f"{site.path} is the first operand of a convolution, not its kernel.")
-        if site.op != CONV and lhs + rhs - summed != len(site.out):
-            raise SiteError(
-                f"{site.path} is a batch of matrices that each meet data of their own "
-                f"({site.lhs} with {site.rhs}, as in a mixture of experts), for which SparseGPT is "
-                "not written. Leave it out of the selector, or prune it by `oneshot.wanda`."
-            )
-        if geometry(site) != geometry(first):
-            _other_layout(first.leaf)
-    _, shape, summed_over, _ = geometry(first)
-    if n_m is not None:
-        length = shape[summed_over[-1]]
-        if length % n_m[1]:
-            raise SetupError(
-                f"the last input axis of {first.path} is {length} long, which {n_m[1]} does not "
-                f"divide: {n_m[0]}:{n_m[1]} does not fit. Leave it out of the selector, or take "
-                "another M or a sparsity."
-            )
-
-
-def _check_alike(site: Site, weight: Array, others: Sequence[Array]) -> None:
-    if any(not bool(jnp.array_equal(weight, other, equal_nan=True)) for other in others):
-        _other_layout(site.leaf)
-
-
-def _other_layout(path: str) -> None:
-    raise SiteError(
-        f"{path} is used several times in different layouts (a table that is transposed for the "
-        "outputs), so that it has no one matrix to prune. Leave it out of the selector, or prune "
-        "it by `oneshot.wanda`, which adds up its uses."
-    )
-
-
-def _check_inputs(path: str, moments: Array) -> None:
-    total = jnp.trace(moments, axis1=-2, axis2=-1)
-    if not bool(jnp.all(jnp.isfinite(total)) & jnp.any(total > 0)):
+def _check_divides(site: Site, n_m: tuple[int, int]) -> None:
+    assert site.weight is not None
+    length = site.shapes[site.weight][site.contracting[site.weight][-1]]
+    if length % n_m[1]:
         raise SetupError(
-            f"the inputs of {path} are not finite on the calibration batches, or all 0: nothing "
-            "says which of its weights matter. Look at the batches and the layers before it."
+            f"the last input axis of {site.path} is {length} long, which {n_m[1]} does not "
+            f"divide: {n_m[0]}:{n_m[1]} does not fit. Leave it out of the selector, or take "
+            "another M or a sparsity."
         )
-
-
-def _check_layout(own: Leaves, placed: Leaves) -> None:
-    """Raises unless the weights at the sites, laid out like the leaves, are the leaves."""
-    for path, leaf in own.items():
-        w = leaf.astype(jnp.float32)
-        if bool(jnp.all(jnp.isfinite(w))) and not bool(
-            jnp.allclose(w, placed[path], rtol=1e-2, atol=1e-6)
-        ):
-            raise SiteError(
-                f"{path} does not meet data as it is: the model scales, masks, repeats or mixes it "
-                "with other leaves first. Merge that into the params, or leave it out."
-            )
 
 
 def _check_finite(new: Leaves) -> None:

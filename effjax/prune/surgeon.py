@@ -62,7 +62,7 @@ def prune_matrix(
     width = width if n_m is None else -(-width // n_m[1]) * n_m[1]
     blocks = -(-inputs // width)
     extra = blocks * width - inputs
-    upper = _factor(moments.astype(jnp.float32), damping, extra)
+    upper = factor(moments.astype(jnp.float32), damping, extra)
     weight = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, extra)))
     seen = [rows * min(b * width, inputs) for b in range(blocks + 1)]
     stay = [budgets.keep(size, sparsity) for size in seen]
@@ -110,7 +110,7 @@ def prune_matrix(
     return weight[:, :inputs], kept[:, :inputs]
 
 
-def _factor(moments: Array, damping: Scalar, extra: int) -> Array:
+def factor(moments: Array, damping: Scalar, extra: int) -> Array:
     """The upper triangular U of (H + λI)⁻¹ = UᵀU, with `extra` inputs that meet nothing."""
     size = jnp.mean(jnp.diagonal(moments))
     damp = jnp.where(size > 0, damping * size, 1.0)  # inputs that are all 0: by magnitude

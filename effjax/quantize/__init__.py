@@ -1,6 +1,7 @@
 """Quantization: values on small integer grids, in training and after it."""
 
 from effjax.quantize import estimators, numerics
+from effjax.quantize.adaround import adaround
 from effjax.quantize.anneal import soft_to_hard
 from effjax.quantize.binary import binary, dorefa, ternary
 from effjax.quantize.bitsearch import bit_search, within
@@ -8,9 +9,11 @@ from effjax.quantize.budget import Allocation, allocate, bit_costs
 from effjax.quantize.calibrate import calibrate
 from effjax.quantize.correct import correct_bias
 from effjax.quantize.equalize import equalize
+from effjax.quantize.fidelity import signal_to_noise
 from effjax.quantize.fold import fold_batchnorm, folded
 from effjax.quantize.freeze import freeze
 from effjax.quantize.frozen import Frozen
+from effjax.quantize.gptq import gptq
 from effjax.quantize.hessian import Trace, hessian_traces, objective_of
 from effjax.quantize.integer import Integer, integer
 from effjax.quantize.learned import lsq, lsq_plus
@@ -28,6 +31,7 @@ __all__ = [
     "Integer",
     "Quantized",
     "Trace",
+    "adaround",
     "allocate",
     "binary",
     "bit_costs",
@@ -42,6 +46,7 @@ __all__ = [
     "fold_batchnorm",
     "folded",
     "freeze",
+    "gptq",
     "hawq",
     "hessian_traces",
     "integer",
@@ -54,6 +59,7 @@ __all__ = [
     "qat",
     "quant_noise",
     "rounding_errors",
+    "signal_to_noise",
     "soft_to_hard",
     "ternary",
     "within",

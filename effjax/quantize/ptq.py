@@ -1,21 +1,26 @@
 """Post-training quantization: from float params to a quantized model, without training."""
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple
 
 import jax
 import optax
 
-from effjax.core import PyTree, Transform, chain
+from effjax.core import Apply, PyTree, Transform, chain
 from effjax.errors import SetupError
 from effjax.model import Model
 from effjax.quantize import numerics
+from effjax.quantize.adaround import adaround
 from effjax.quantize.calibrate import calibrate
 from effjax.quantize.correct import correct_bias
 from effjax.quantize.equalize import equalize as rescaled
 from effjax.quantize.estimators import Estimator
+from effjax.quantize.gptq import gptq
 from effjax.quantize.qat import qat
 from effjax.step import TrainState, init_state
+
+Rounder = Callable[[Apply, Transform, TrainState, list[PyTree]], TrainState]
+METHODS: dict[str, Rounder] = {"gptq": gptq, "adaround": adaround}
 
 
 class Quantized(NamedTuple):
@@ -42,13 +47,15 @@ def ptq(
     symmetric: bool = True,
     estimator: str | Estimator = "mse",
     equalize: bool = False,
+    method: Literal["nearest", "gptq", "adaround"] | Rounder = "nearest",
     bias_correction: bool = False,
     transform: Transform | None = None,
 ) -> Quantized:
     """Quantizes a trained model: weights by their largest values, activations by calibration.
 
-    In this order: channels are equalised (`quantize.equalize`, which folds BatchNorms), activation
-    ranges calibrated (`calibrate`), biases corrected (`correct_bias`).
+    In this order: channels are equalised (`quantize.equalize`, which folds BatchNorms), weights
+    rounded by the method, activation ranges calibrated (`calibrate`), biases corrected
+    (`correct_bias`). Each is a function of its own, for other settings than its defaults.
 
     Args:
       model: whose params these are.
@@ -61,6 +68,9 @@ def ptq(
       estimator: of the activations' ranges; see `calibrate`.
       equalize: whether channels of layers that follow each other get equal ranges: what one scale
         for a weight needs, above all in depthwise networks. Not through ReLU6, GELU or SiLU.
+      method: which way weights are rounded: "nearest"; "gptq" and "adaround", so that the outputs
+        of layers change little (`quantize.gptq`, `quantize.adaround`): what 4 bits and fewer need;
+        or one of these functions with settings of its own, `partial(adaround, steps=3000)`.
       bias_correction: whether each layer's mean error is taken off its bias.
       transform: in place of that `qat`: another with static ranges, or a chain with masks and one.
 
@@ -83,6 +93,9 @@ def ptq(
 
     Reference: Krishnamoorthi, 2018, https://arxiv.org/abs/1806.08342.
     """
+    rounder = METHODS.get(method) if isinstance(method, str) else method
+    if rounder is None and method != "nearest":
+        raise SetupError(f"method is {method!r}; there are {['nearest', *METHODS]}.")
     batches = list(batches)
     if not batches:
         raise SetupError("ptq() got no batches: activation ranges come from data. Give some.")
@@ -107,7 +120,11 @@ def ptq(
         params=params,
         model_state=model_state,
     )
+    if rounder is not None:
+        state = rounder(model.apply, transform, state, batches)
     state = calibrate(model.apply, transform, state, batches, estimator)
     if bias_correction:
-        state = correct_bias(model.apply, transform, state, batches)
+        state = correct_bias(
+            model.apply, transform, state, batches, reference=(params, model_state)
+        )
     return Quantized(transform, state)

@@ -131,3 +131,17 @@ def test_empty_calibration_sets_and_wrong_bits():
     )
     with pytest.raises(SetupError, match="tanh is not positively homogeneous"):
         ptq(tanh, weights, {}, [nets.BATCH], equalize=True)
+
+
+def test_signal_to_noise_by_hand():
+    params = {"kernel": jnp.array([[1.0], [0.4]])}
+    apply = ej.from_function(lambda p, x: x @ p["kernel"], "x")
+    model = ej.Model(lambda *_: (params, {}), apply)
+    batch = {"x": jnp.eye(2)}
+    small = ptq(model, params, {}, [batch], 2, 32)  # 0.4 becomes 0
+    found = ej.quantize.signal_to_noise(apply, *small, batch)
+    want = 10 * np.log10((1 + 0.16) / 0.16)
+    assert found == {name: pytest.approx(want, rel=1e-5) for name in found}
+    assert list(found) == ["kernel", "outputs of the model"]
+    with pytest.raises(SetupError, match="no quantized layer"):
+        ej.quantize.signal_to_noise(apply, ej.chain(), small.state._replace(transform={}), batch)
