@@ -73,6 +73,9 @@ def test_sizes_and_images():
         nas_proxies.shrunk(image, 3)
     with pytest.raises(ConfigError, match="at most that"):
         nas_proxies.Config(cells=10, again=11)
+    with pytest.raises(ConfigError, match=r"no proxies \['magic'\]"):
+        nas_proxies.Config(proxies=("magic",))
+    assert nas_proxies.Config(proxies=("zen",)).programs() == {"-more": ("zen",)}
 
 
 @pytest.mark.slow
