@@ -308,14 +308,17 @@ def tables(results: dict[str, Any]) -> dict[str, Table]:
         Column("low", "95% from", ".2f", None),
         Column("high", "to", ".2f", None),
         Column("published", "published", ".2f", None),
-        Column("subset", f"{config['again']} cells, {config['seeds']} seeds", ".2f", None),
     ]
+    several = config["seeds"] > 1
+    if several:
+        columns.append(Column("subset", f"{config['again']} cells, {config['seeds']} seeds", ".2f"))
     caption = (
         f"Proxies against validation accuracy on CIFAR-10 of {config['cells']} random cells of "
         f"NAS-Bench-201; {config['depth']} cell a stage of {config['width']} channels, "
         f"{config['batch']} images of {config['pixels']} x {config['pixels']} pixels. Intervals by "
-        "bootstrap over cells; last column, mean ± standard deviation over weights and batches."
+        "bootstrap over cells"
     )
+    caption += "; last column, mean ± standard deviation over seeds." if several else ", one seed."
     return {NAME: summarise(wide, columns, heading="proxy", caption=caption)}
 
 
