@@ -14,8 +14,11 @@ fisher 0.36. The networks here are smaller: 1 cell a stage, 16 channels, images 
 three proxies are shown for the cells' weights alone as well. Parameters and MACs are those of the
 benchmark's size.
 
+The committed table has six of the proxies and one seed:
+--proxies synflow jacob_cov snip grad_norm grasp naswot --seeds 1.
+
 Command: python -m experiments nas_proxies
-Cost: about 25 minutes on one CPU core, by the first cells (measured in company).
+Cost: 15 minutes of one CPU core for the committed table; that of the whole was not measured.
 
 Papers: Abdelfattah et al. 2021, https://arxiv.org/abs/2101.08134; Mellor et al. 2021,
 https://arxiv.org/abs/2006.04647; Lin et al. 2021, https://arxiv.org/abs/2102.01063; Dong and Yang
