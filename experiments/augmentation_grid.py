@@ -41,7 +41,7 @@ class Config:
     """
 
     seed: int = 0
-    images: int = 10
+    images: int = 8
     dataset: Literal["cifar10", "fashion_mnist", "digits"] = "cifar10"
     save: bool = True
 

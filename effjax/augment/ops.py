@@ -1,17 +1,19 @@
 """The operations that policies draw from, any of them on any image of a batch at one price.
 
 Which operation an image gets is a number, different for each image, so that a `switch` under `vmap`
-would compute all of them for all. Here they share three stages, and an operation that has no part
-in a stage leaves it the identity: one map of levels by a table of 256 entries for each channel, one
-blend of the image with another, and one affine map with one gather. Images are whole levels
-0 .. 255, and each operation is Pillow's.
+would compute all of them for all. Here they share what they do, and an operation chooses numbers
+with which a part of it is the identity: a map of levels (kept bits, a threshold, a stretch), the
+histogram's map, one blend of the image with another, and one affine map with one gather. Images are
+whole levels 0 .. 255, and each operation is Pillow's.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jax.typing import ArrayLike
 
 from effjax.augment import geometry, pixels
 from effjax.augment.images import Operation
@@ -20,17 +22,9 @@ from effjax.errors import SetupError
 from effjax.schedules import Scalar
 
 WARPS = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
-BLENDS = ("colour", "sharpness")
-TABLES = (
-    "brightness",
-    "contrast",
-    "posterise",
-    "solarise",
-    "invert",
-    "autocontrast",
-    "equalise",
-)
-NAMES = ("identity", *WARPS, *BLENDS, *TABLES)
+BLENDS = ("colour", "sharpness", "brightness", "contrast")
+LEVELS = ("posterise", "solarise", "invert", "autocontrast", "equalise")
+NAMES = ("identity", *WARPS, *BLENDS, *LEVELS)
 """All operations; `choice` is an index into them. Their arguments: the slope of a shear, pixels of
 a translation, degrees of a rotation, factors of colour, sharpness, brightness and contrast, bits
 kept, the level from which a solarisation inverts; the others have none."""
@@ -42,81 +36,88 @@ Draw = Callable[[Array, tuple[int, ...]], tuple[Array, Array]]
 
 
 def apply(
-    image: Array, choice: Array, argument: Array, fill: Array, names: Sequence[str] = NAMES
+    image: Array, choices: Array, arguments: Array, fill: Array, names: Sequence[str] = NAMES
 ) -> Array:
-    """One operation on one image.
+    """Operations on one image, one after another.
 
     Args:
       image: uint8 [height, width, channels].
-      choice: int32 scalar, an index into NAMES.
-      argument: float32 scalar, in the operation's own unit.
+      choices: int32 [count], indices into NAMES.
+      arguments: float32 [count], each in its operation's own unit.
       fill: uint8 [channels], what comes in from outside.
-      names: those that `choice` can be; stages that none of them needs are left out.
+      names: those that choices can be; parts that none of them needs are left out.
 
     Raises:
       SetupError: when traced, an image that has no luminance where an operation needs it.
     """
-    if not set(TABLES).isdisjoint(names):
-        image = _map_levels(image, choice, argument, names)
-    if not set(BLENDS).isdisjoint(names):
-        image = _blend(image, choice, argument, names)
+    look_up = partial(_look_up, fill=fill, names=names)
+    compute = partial(_compute, names=names)
+
+    def turn(levels: Array, drawn: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        first, *rest = drawn
+        return lax.cond(first, look_up, compute, levels, *rest), None
+
+    # Two turns of a loop for each operation, whose carry is computed once: in one piece XLA would
+    # compute what is looked up again for each use, of which a blur has nine a pixel, and would
+    # vectorise nothing.
+    first = jnp.arange(2 * len(choices)) % 2 == 0
+    found, _ = lax.scan(turn, image, (first, jnp.repeat(choices, 2), jnp.repeat(arguments, 2)))
+    return found
+
+
+def _look_up(
+    image: Array, choice: Array, argument: Array, fill: Array, names: Sequence[str]
+) -> Array:
+    """The operations that look up values at places found out at run time."""
+    found = image
+    if "equalise" in names:
+        equal = pixels.equalise(image.astype(jnp.float32)).astype(jnp.uint8)
+        found = jnp.where(choice == INDEX["equalise"], equal, found)
     if not set(WARPS).isdisjoint(names):
-        image = _warp(image, choice, argument, fill)
-    return image
+        found = jnp.where(_among(choice, WARPS), _warp(image, choice, argument, fill), found)
+    return found
 
 
-def _map_levels(image: Array, choice: Array, argument: Array, names: Sequence[str]) -> Array:
-    channels = image.shape[-1]
-    whole = image.astype(jnp.int32).reshape(-1, channels)
-    level = jnp.arange(256, dtype=jnp.float32)
-    step = jnp.exp2(8.0 - jnp.round(argument))
-    made: dict[str, Callable[[], Array]] = {
-        "brightness": lambda: _blended(jnp.float32(0), level, argument),
-        "contrast": lambda: _blended(_mean_grey(image), level, argument),
-        "posterise": lambda: jnp.floor(level / step) * step,
-        "solarise": lambda: jnp.where(level < argument, level, 255 - level),
-        "invert": lambda: 255 - level,
-        "autocontrast": lambda: _stretching(whole),
-        "equalise": lambda: pixels.flattening(whole).astype(jnp.float32),
-    }
-    table = jnp.broadcast_to(level, (channels, 256))
-    for name, make in made.items():
-        if name in names:
-            table = jnp.where(choice == INDEX[name], make(), table)
-    places = (whole + 256 * jnp.arange(channels)).reshape(-1)
-    flat = table.astype(jnp.uint8).reshape(-1)
-    return flat.at[places].get(mode="promise_in_bounds").reshape(image.shape)
+def _among(choice: Array, group: tuple[str, ...]) -> Array:
+    return (choice >= INDEX[group[0]]) & (choice <= INDEX[group[-1]])
 
 
-def _stretching(whole: Array) -> Array:
-    """[channels, 256]: what brings a channel's extremes to 0 and 255."""
-    low, high = whole.min(0)[:, None], whole.max(0)[:, None]
-    level = jnp.arange(256)
-    stretched = jnp.clip((level - low) * 255 // jnp.maximum(high - low, 1), 0, 255)
-    return jnp.where(high > low, stretched, level).astype(jnp.float32)
-
-
-def _blend(image: Array, choice: Array, argument: Array, names: Sequence[str]) -> Array:
+def _compute(image: Array, choice: Array, argument: Array, names: Sequence[str]) -> Array:
+    """The operations whose pixels depend on pixels at places known beforehand."""
     levels = image.astype(jnp.float32)
-    other = levels
-    if "colour" in names:
-        other = jnp.where(choice == INDEX["colour"], _whole(pixels.grey(levels)), other)
-    if "sharpness" in names:
-        other = jnp.where(choice == INDEX["sharpness"], _whole(pixels.smooth(levels)), other)
-    return _blended(other, levels, argument).astype(jnp.uint8)
 
+    def chosen(name: str, value: ArrayLike, otherwise: ArrayLike) -> Array:
+        return jnp.where(choice == INDEX[name], value, otherwise)
 
-def _blended(other: Array, levels: Array, factor: Array) -> Array:
-    """Pillow's blend: cut off to whole levels, not rounded."""
-    return jnp.floor(pixels.blend(other, levels, factor))
+    found = levels
+    if "posterise" in names:
+        step = jnp.exp2(8 - jnp.round(chosen("posterise", argument, 8.0)))
+        found = jnp.floor(found / step) * step
+    if not {"solarise", "invert"}.isdisjoint(names):
+        threshold = chosen("solarise", argument, chosen("invert", 0.0, 256.0))
+        found = jnp.where(found < threshold, found, 255 - found)
+    if "autocontrast" in names:
+        whole = image.astype(jnp.int32)  # whose extremes are found ten times as fast
+        low, high = whole.min((0, 1)), whole.max((0, 1))
+        stretch = (choice == INDEX["autocontrast"]) & (high > low)
+        low, gain = jnp.where(stretch, low, 0), jnp.where(stretch, 255, 1)
+        found = jnp.floor((found - low) * gain / jnp.where(stretch, high - low, 1))
+    if not set(BLENDS).isdisjoint(names):
+        other: ArrayLike = 0.0
+        if "contrast" in names:
+            other = chosen("contrast", pixels.mean_grey(levels), other)
+        if "colour" in names:
+            other = chosen("colour", _whole(pixels.grey(levels)), other)
+        if "sharpness" in names:
+            other = chosen("sharpness", _whole(pixels.smooth(levels)), other)
+        factor = jnp.where(_among(choice, BLENDS), argument, 1.0)
+        # Pillow cuts a blend off to whole levels.
+        found = jnp.floor(pixels.blend(other, found, factor))
+    return found.astype(jnp.uint8)
 
 
 def _whole(levels: Array) -> Array:
     return jnp.floor(levels + 0.5)
-
-
-def _mean_grey(image: Array) -> Array:
-    return _whole(_whole(pixels.grey(image.astype(jnp.float32))).mean())
 
 
 def _warp(image: Array, choice: Array, argument: Array, fill: Array) -> Array:
@@ -153,9 +154,8 @@ def operation(
 
     def run(key: Array, image: Array) -> Array:
         choices, arguments = draw(key, image.shape)
-        levels, outside = encode(image, bounds), outside_level(image, bounds, fill)
-        for i in range(choices.shape[0]):
-            levels = apply(levels, choices[i], arguments[i], outside, names)
+        outside = outside_level(image, bounds, fill)
+        levels = apply(encode(image, bounds), choices, arguments, outside, names)
         return pixels.from_levels(levels.astype(jnp.float32), bounds, image)
 
     return run

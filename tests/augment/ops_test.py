@@ -21,7 +21,11 @@ run = jax.jit(ops.apply)
 
 def ours(image, name, argument):
     fill = jnp.array(FILL[: image.shape[-1]], jnp.uint8)
-    return np.asarray(run(image, jnp.int32(ops.INDEX[name]), jnp.float32(argument), fill))
+    return np.asarray(run(image, chosen(name), jnp.float32([argument]), fill))
+
+
+def chosen(name):
+    return jnp.int32([ops.INDEX[name]])
 
 
 def affine(image, matrix):
@@ -85,12 +89,22 @@ def test_the_table_of_pillows_operations_is_complete():
     assert set(PILLOW) == set(ops.NAMES)
 
 
+def test_operations_follow_one_another():
+    fill = jnp.array(FILL, jnp.uint8)
+    names, arguments = ("equalise", "sharpness", "rotate"), (0.0, 1.9, 20.0)
+    choices = jnp.concatenate([chosen(name) for name in names])
+    wanted = NOISE
+    for name, argument in zip(names, arguments, strict=True):
+        wanted = ours(wanted, name, argument)
+    np.testing.assert_array_equal(run(NOISE, choices, jnp.float32(arguments), fill), wanted)
+
+
 def test_stages_that_are_left_out_do_not_change_the_others():
     fill = jnp.array(FILL, jnp.uint8)
     for names in (("rotate", "shear_x"), ("colour",), ("equalise", "contrast")):
         for name in names:
-            choice, argument = jnp.int32(ops.INDEX[name]), jnp.float32(0.3)
-            alone = ops.apply(jnp.asarray(NOISE), choice, argument, fill, names)
+            argument = jnp.float32([0.3])
+            alone = ops.apply(jnp.asarray(NOISE), chosen(name), argument, fill, names)
             np.testing.assert_array_equal(alone, ours(NOISE, name, 0.3))
 
 
@@ -98,12 +112,11 @@ def test_stages_that_are_left_out_do_not_change_the_others():
 def test_warps_take_any_number_of_channels(channels):
     image = jnp.asarray(RNG.integers(0, 256, (8, 9, channels), dtype=np.uint8))
     fill = jnp.arange(channels, dtype=jnp.uint8)
-    choice = jnp.int32(ops.INDEX["shear_x"])
-    found = ops.apply(image, choice, jnp.float32(0.4), fill, ops.WARPS)
+    found = ops.apply(image, chosen("shear_x"), jnp.float32([0.4]), fill, ops.WARPS)
     matrix = jnp.array([[1, 0.4, 0], [0, 1, 0]])
     np.testing.assert_array_equal(found, geometry.affine(image, matrix, fill=fill))
 
 
 def test_what_needs_a_luminance_refuses_other_images():
     with pytest.raises(SetupError, match="no luminance"):
-        ops.apply(jnp.zeros((4, 4, 2), jnp.uint8), jnp.int32(0), jnp.float32(0), jnp.uint8([0, 0]))
+        ours(np.zeros((4, 4, 2), np.uint8), "identity", 0.0)

@@ -1,43 +1,30 @@
 """The code of docs/distillation.md runs, each section after the setup."""
 
-import pathlib
 import re
 
 import pytest
 
-PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "distillation.md").read_text()
+from tests import pages
 
-
-def sections():
-    """{heading: its Python code}."""
-    found, heading = {}, ""
-    for match in re.finditer(r"^## ([^\n]*)$|^```python\n(.*?)^```", PAGE, re.M | re.S):
-        heading = match[1] or heading
-        if match[2]:
-            found[heading] = found.get(heading, "") + match[2]
-    return found
-
-
-CODE = sections()
-SETUP = compile(CODE.pop("Setup"), "docs/distillation.md: Setup", "exec")
+NAME = "distillation.md"
+CODE = pages.sections(NAME)
+SETUP = CODE.pop("Setup")
 
 
 @pytest.fixture(scope="module")
 def setup():
-    namespace = {"__name__": "docs"}
-    exec(SETUP, namespace)
-    return namespace
+    return pages.run(NAME, "Setup", SETUP)
 
 
 @pytest.mark.parametrize("heading", CODE)
 def test_the_code_of_every_section_runs(setup, heading):
-    namespace = dict(setup)
-    exec(compile(CODE[heading], f"docs/distillation.md: {heading}", "exec"), namespace)
+    pages.run(NAME, heading, CODE[heading], setup)
 
 
 def test_every_loss_and_transform_is_on_the_page():
     from effjax import distill
 
+    text = (pages.DOCS / NAME).read_text()
     helpers = {"Cache", "Cached", "Learned", "TopK", "read_cache", "top_k"}
-    missing = [n for n in distill.__all__ if n not in helpers and not re.search(rf"\b{n}\b", PAGE)]
+    missing = [n for n in distill.__all__ if n not in helpers and not re.search(rf"\b{n}\b", text)]
     assert not missing
