@@ -68,16 +68,7 @@ def cubic(final: Scalar, begin: int, end: int, initial: Scalar = 0.0) -> Schedul
 
     Reference: Zhu and Gupta, "To prune, or not to prune", 2017, https://arxiv.org/abs/1710.01878.
     """
-    check_window(begin, end, "the cubic sparsity schedule")
-    check_fraction(final, "the final sparsity")
-    check_fraction(initial, "the initial sparsity")
-
-    def schedule(step: Array) -> Array:
-        progress = jnp.clip((jnp.asarray(step, jnp.float32) - begin) / (end - begin), 0.0, 1.0)
-        sparsity = final + (initial - final) * (1.0 - progress) ** 3
-        return jnp.where(jnp.asarray(step) < begin, 0.0, sparsity).astype(jnp.float32)
-
-    return schedule
+    return _polynomial(3, final, begin, end, initial, "the cubic sparsity schedule")
 
 
 def linear(final: Scalar, begin: int, end: int, initial: Scalar = 0.0) -> Schedule:
@@ -100,13 +91,19 @@ def linear(final: Scalar, begin: int, end: int, initial: Scalar = 0.0) -> Schedu
       >>> [round(float(ej.schedules.linear(0.8, 1, 5)(t)), 4) for t in range(7)]
       [0.0, 0.0, 0.2, 0.4, 0.6, 0.8, 0.8]
     """
-    check_window(begin, end, "the linear sparsity schedule")
+    return _polynomial(1, final, begin, end, initial, "the linear sparsity schedule")
+
+
+def _polynomial(
+    power: int, final: Scalar, begin: int, end: int, initial: Scalar, what: str
+) -> Schedule:
+    check_window(begin, end, what)
     check_fraction(final, "the final sparsity")
     check_fraction(initial, "the initial sparsity")
 
     def schedule(step: Array) -> Array:
         progress = jnp.clip((jnp.asarray(step, jnp.float32) - begin) / (end - begin), 0.0, 1.0)
-        sparsity = final + (initial - final) * (1.0 - progress)
+        sparsity = final + (initial - final) * (1.0 - progress) ** power
         return jnp.where(jnp.asarray(step) < begin, 0.0, sparsity).astype(jnp.float32)
 
     return schedule

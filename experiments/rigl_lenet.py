@@ -48,7 +48,7 @@ from experiments.harness.loop import fit
 from experiments.harness.progress import say
 from experiments.harness.runs import Run, open_run, read_metrics
 from experiments.models import mlp
-from experiments.sparse_report import cross_entropy, publish, scores
+from experiments.sparse_report import cross_entropy, error_curves, publish, scores
 
 NAME = "rigl_lenet"
 DENSE, RIGL, SET, STATIC = "dense", "RigL", "SET", "static"
@@ -322,23 +322,7 @@ def tables(results: dict[str, Any]) -> dict[str, Table]:
 
 def figures(results: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
     """Where the connections of the input layer are, and errors in training."""
-    from effjax.report import curves_plot
-
-    series = {
-        name: (curve["steps"], np.asarray(curve["error"]))
-        for name, curve in results["curves"].items()
-    }
-    last = max(float(np.mean(values[:, -1])) for _, values in series.values())
-    plot = curves_plot(
-        series,
-        "step",
-        "validation error (%)",
-        title="Training",
-        scale=100,
-        bottom=0,
-        top=100 * 2.2 * last,
-        provenance=source,
-    )
+    plot = error_curves(results["curves"], "validation error (%)", source, 2.2)
     found = {f"{NAME}_pixels": pixel_plot(results, source)} if results["pixels"] else {}
     return {**found, f"{NAME}_curves": plot}
 

@@ -79,6 +79,23 @@ def publish(
     return whole
 
 
+def error_curves(
+    curves: Mapping[str, Mapping[str, Any]], y: str, source: Mapping[str, Any], headroom: float
+) -> "Figure":
+    """Errors in training, in percent; the axis ends at `headroom` times the largest last one.
+
+    Args:
+      curves: {name: {"steps": [looks], "error": [seeds, looks]}}.
+      y: the axis' label.
+    """
+    from effjax.report import curves_plot
+
+    series = {name: (curve["steps"], np.asarray(curve["error"])) for name, curve in curves.items()}
+    last = max(float(np.mean(values[:, -1])) for _, values in series.values())
+    shown = {"title": "Training", "scale": 100, "bottom": 0, "top": 100 * headroom * last}
+    return curves_plot(series, "step", y, provenance=source, **shown)
+
+
 class Panel(NamedTuple):
     """One set of axes: means over seeds as lines, standard deviations as bars.
 

@@ -1,6 +1,6 @@
 """Augmentation of a batch's images as a transform."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +40,7 @@ def images(*operations: Operation, field: str = "image") -> Transform:
     if not operations:
         raise SetupError("augment.images() got no operations; give it some: images(flip()).")
 
-    def one(key: Array, image: Array) -> Array:
-        for i, operation in enumerate(operations):
-            image = operation(jax.random.fold_in(key, i), image)
-        return image
+    one = in_turn(operations)
 
     def init(key: Array, params: PyTree, setup: Setup) -> tuple[PyTree, PyTree]:
         found = setup.batch.get(field) if isinstance(setup.batch, dict) else None
@@ -67,11 +64,28 @@ def images(*operations: Operation, field: str = "image") -> Transform:
             )
         return {}, {}
 
+    return Transform(init=init, batch=on_each(one, field))
+
+
+def in_turn(operations: Sequence[Operation]) -> Operation:
+    """Operations on one example, one after another, each with a key of its own."""
+
+    def one(key: Array, example: Array) -> Array:
+        for i, operation in enumerate(operations):
+            example = operation(jax.random.fold_in(key, i), example)
+        return example
+
+    return one
+
+
+def on_each(operation: Operation, field: str) -> Callable[[PyTree, PyTree, Ctx], PyTree]:
+    """The `batch` hook that gives each example of an entry a key of its own."""
+
     def batch(batch: PyTree, state: PyTree, ctx: Ctx) -> PyTree:
         keys = jax.random.split(ctx.key, batch[field].shape[0])
-        return {**batch, field: jax.vmap(one)(keys, batch[field])}
+        return {**batch, field: jax.vmap(operation)(keys, batch[field])}
 
-    return Transform(init=init, batch=batch)
+    return batch
 
 
 def check_probability(value: Scalar, what: str) -> None:

@@ -46,24 +46,7 @@ def translate(pixels: int, border: Border = "reflect") -> Operation:
     Reference: He et al., "Deep residual learning for image recognition", 2016,
     https://arxiv.org/abs/1512.03385, section 4.2.
     """
-    if pixels < 0 or border not in _MODES:
-        raise SetupError(
-            f"translate({pixels}, {border!r}): give a shift of 0 pixels or more, and a border of "
-            f"{list(_MODES)}."
-        )
-
-    def apply(key: Array, image: Array) -> Array:
-        if border == "reflect" and pixels >= min(image.shape[:2]):
-            raise SetupError(
-                f"translate({pixels}) reflects more than an image of {image.shape[:2]} has; shift "
-                "by fewer pixels, or take border='edge'."
-            )
-        around = [(pixels, pixels), (pixels, pixels), (0, 0)]
-        padded = jnp.pad(image, around, mode=_MODES[border])
-        y, x = jax.random.randint(key, (2,), 0, 2 * pixels + 1)
-        return lax.dynamic_slice(padded, (y, x, 0), image.shape)
-
-    return apply
+    return _shifted(pixels, border, "translate")
 
 
 def crop(padding: int = 4, border: Border = "zero") -> Operation:
@@ -83,9 +66,24 @@ def crop(padding: int = 4, border: Border = "zero") -> Operation:
     Reference: He et al., "Deep residual learning for image recognition", 2016,
     https://arxiv.org/abs/1512.03385, section 4.2.
     """
-    if padding < 0 or border not in _MODES:
+    return _shifted(padding, border, "crop")
+
+
+def _shifted(pixels: int, border: Border, name: str) -> Operation:
+    if pixels < 0 or border not in _MODES:
         raise SetupError(
-            f"crop({padding}, {border!r}): give a padding of 0 pixels or more, and a border of "
-            f"{list(_MODES)}."
+            f"{name}({pixels}, {border!r}): give 0 pixels or more, and a border of {list(_MODES)}."
         )
-    return translate(padding, border)
+
+    def apply(key: Array, image: Array) -> Array:
+        if border == "reflect" and pixels >= min(image.shape[:2]):
+            raise SetupError(
+                f"{name}({pixels}) reflects more than an image of {image.shape[:2]} has; take "
+                "fewer pixels, or border='edge'."
+            )
+        around = [(pixels, pixels), (pixels, pixels), (0, 0)]
+        padded = jnp.pad(image, around, mode=_MODES[border])
+        y, x = jax.random.randint(key, (2,), 0, 2 * pixels + 1)
+        return lax.dynamic_slice(padded, (y, x, 0), image.shape)
+
+    return apply

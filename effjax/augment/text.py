@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from effjax.augment.images import check_probability
-from effjax.core import Ctx, PyTree, Setup, Transform
+from effjax.augment.images import check_probability, in_turn, on_each
+from effjax.core import PyTree, Setup, Transform
 from effjax.errors import SetupError
 from effjax.schedules import Scalar, is_traced
 
@@ -29,11 +29,6 @@ def tokens(*operations: TokenOperation, field: str = "tokens") -> Transform:
     if not operations:
         raise SetupError("augment.tokens() got no operations; give it some: tokens(swap(2)).")
 
-    def one(key: Array, sequence: Array) -> Array:
-        for i, operation in enumerate(operations):
-            sequence = operation(jax.random.fold_in(key, i), sequence)
-        return sequence
-
     def init(key: Array, params: PyTree, setup: Setup) -> tuple[PyTree, PyTree]:
         found = setup.batch.get(field) if isinstance(setup.batch, dict) else None
         if found is None or found.ndim != 2 or not jnp.issubdtype(found.dtype, jnp.integer):
@@ -43,11 +38,7 @@ def tokens(*operations: TokenOperation, field: str = "tokens") -> Transform:
             )
         return {}, {}
 
-    def batch(batch: PyTree, state: PyTree, ctx: Ctx) -> PyTree:
-        keys = jax.random.split(ctx.key, batch[field].shape[0])
-        return {**batch, field: jax.vmap(one)(keys, batch[field])}
-
-    return Transform(init=init, batch=batch)
+    return Transform(init=init, batch=on_each(in_turn(operations), field))
 
 
 def token_dropout(probability: Scalar, mask: int, protect: tuple[int, ...] = ()) -> TokenOperation:

@@ -6,9 +6,10 @@ from jax import Array
 
 from effjax.core import Apply, Ctx, Forward, Metrics, PyTree, Setup, Transform, Vars
 from effjax.distill.losses import check_logits, kl
+from effjax.distill.settings import temperature_schedule, weight_schedule
 from effjax.distill.teachers import check_apply
 from effjax.errors import SetupError
-from effjax.schedules import Scalar, Schedule, as_schedule, check_fraction, is_traced
+from effjax.schedules import Scalar, Schedule, is_traced
 from effjax.select import leaves, replace
 
 
@@ -38,19 +39,18 @@ def mean_teacher(
       A Transform of kind "distill" with state {"average": {path: float32, like the weight}}.
 
     Raises:
-      ScheduleError: a decay outside [0, 1).
       SetupError: no function, a number out of range; at `init`, outputs that are no logits.
 
     Reference: Tarvainen and Valpola, "Mean teachers are better role models", 2017,
       https://arxiv.org/abs/1703.01780.
     """
     check_apply("distill.mean_teacher", apply)
-    check_fraction(decay, "the decay of the average")
-    if not (callable(temperature) or is_traced(temperature)) and not 0 < temperature < float("inf"):
-        raise SetupError(f"the temperature is {temperature}; it divides logits, so it is > 0.")
-    if not (callable(alpha) or is_traced(alpha)) and not 0 <= alpha < float("inf"):
-        raise SetupError(f"alpha is {alpha}; it weights a loss, so it is >= 0.")
-    temperature_at, alpha_at = as_schedule(temperature), as_schedule(alpha)
+    if not is_traced(decay) and not 0.0 <= decay < 1.0:
+        raise SetupError(
+            f"the decay of the average is {decay}; it is in [0, 1): 0.999 averages over the last "
+            "thousand steps or so."
+        )
+    temperature_at, alpha_at = temperature_schedule(temperature), weight_schedule(alpha)
 
     def init(key: Array, params: PyTree, setup: Setup) -> tuple[PyTree, PyTree]:
         outputs = setup.trace(params)[0]

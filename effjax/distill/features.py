@@ -10,10 +10,11 @@ from jax import Array
 from effjax.core import Apply, Ctx, Forward, Metrics, PyTree, Setup, Transform, abstract_key
 from effjax.distill.hints import hint
 from effjax.distill.learned import Learned
+from effjax.distill.settings import weight_schedule
 from effjax.distill.taps import tap
 from effjax.distill.teachers import cast, check_apply, check_teacher
 from effjax.errors import SetupError
-from effjax.schedules import Scalar, Schedule, as_schedule, is_traced
+from effjax.schedules import Scalar, Schedule
 
 Taps = str | tuple[str, ...]
 
@@ -89,9 +90,7 @@ def features(teacher: Apply, matches: Mapping[str, Match], *, dtype: Any = None)
     for name, match in matches.items():
         if not isinstance(match, Match):
             raise SetupError(f"the match {name!r} is a {type(match).__name__}, not a Match.")
-        alpha = match.alpha
-        if not (callable(alpha) or is_traced(alpha)) and not 0 <= alpha < float("inf"):
-            raise SetupError(f"alpha of {name!r} is {alpha}; it weights a loss, so it is >= 0.")
+    alphas = {n: weight_schedule(m.alpha, f"alpha of {n!r}") for n, m in matches.items()}
     student_taps = [t for match in matches.values() for t in _names(match.student)]
     teacher_taps = [t for match in matches.values() for t in _names(match.teacher)]
 
@@ -141,7 +140,7 @@ def features(teacher: Apply, matches: Mapping[str, Match], *, dtype: Any = None)
 
     def loss(outputs, batch, aux, extra, state, ctx) -> Metrics:
         return {
-            name: as_schedule(match.alpha)(ctx.step)
+            name: alphas[name](ctx.step)
             * jnp.mean(distance(match, extra.get(name), aux["student"], aux["teacher"]))
             for name, match in matches.items()
         }

@@ -12,10 +12,11 @@ from jax import Array
 from effjax.core import Apply, Ctx, Forward, Metrics, PyTree, Setup, Transform, abstract_key
 from effjax.distill.cache import INDICES, LOGITS, VALUES, Cached
 from effjax.distill.losses import check_logits, kl
+from effjax.distill.settings import temperature_schedule, weight_schedule
 from effjax.distill.targets import TopK, top_k_kl
 from effjax.distill.teachers import cast, check_apply, check_teacher
 from effjax.errors import SetupError
-from effjax.schedules import Scalar, Schedule, as_schedule, is_traced
+from effjax.schedules import Scalar, Schedule
 
 
 def logits(
@@ -88,14 +89,10 @@ def logits(
         check_apply("distill.logits", teacher)
     elif teacher.k and loss is kl:
         loss = top_k_kl
-    if not (callable(temperature) or is_traced(temperature)) and not 0 < temperature < float("inf"):
-        raise SetupError(f"the temperature is {temperature}; it divides logits, so it is > 0.")
-    if not (callable(alpha) or is_traced(alpha)) and not 0 <= alpha < float("inf"):
-        raise SetupError(f"alpha is {alpha}; it weights a loss, so it is >= 0.")
     accepted = inspect.signature(loss).parameters
     term = getattr(loss.func if isinstance(loss, functools.partial) else loss, "__name__", "loss")
     term = "loss" if term == "<lambda>" else term
-    temperature_at, alpha_at = as_schedule(temperature), as_schedule(alpha)
+    temperature_at, alpha_at = temperature_schedule(temperature), weight_schedule(alpha)
 
     def run_teacher(frozen: PyTree, batch: PyTree, key: Array) -> Array | TopK:
         if isinstance(teacher, Cached):

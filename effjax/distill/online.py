@@ -9,9 +9,10 @@ from jax import Array
 
 from effjax.core import Ctx, Metrics, PyTree, Setup, Transform
 from effjax.distill.losses import check_logits, kl
+from effjax.distill.settings import temperature_schedule, weight_schedule
 from effjax.errors import SetupError
 from effjax.model import Model
-from effjax.schedules import Scalar, Schedule, as_schedule, is_traced
+from effjax.schedules import Scalar, Schedule
 
 
 def peers(*models: Model) -> Model:
@@ -125,11 +126,7 @@ def mutual(
 
     Reference: Zhang et al., "Deep mutual learning", 2018, https://arxiv.org/abs/1706.00384.
     """
-    if not (callable(temperature) or is_traced(temperature)) and not 0 < temperature < float("inf"):
-        raise SetupError(f"the temperature is {temperature}; it divides logits, so it is > 0.")
-    if not (callable(alpha) or is_traced(alpha)) and not 0 <= alpha < float("inf"):
-        raise SetupError(f"alpha is {alpha}; it weights a loss, so it is >= 0.")
-    temperature_at, alpha_at = as_schedule(temperature), as_schedule(alpha)
+    temperature_at, alpha_at = temperature_schedule(temperature), weight_schedule(alpha)
 
     def init(key: Array, params: PyTree, setup: Setup) -> tuple[PyTree, PyTree]:
         outputs = setup.trace(params)[0]

@@ -1,5 +1,7 @@
 """Distillation on MNIST, at a size that a test has time for."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,9 @@ import pytest
 
 from experiments import distill_mnist
 from experiments.distill_mnist import ARMS, Config, bounded_norm
+from experiments.harness.provenance import brief
 from experiments.models import mlp
+from experiments.sparse_report import RESULTS
 
 
 def test_a_small_run_counts_errors_and_goes_on_without_training(tmp_path, monkeypatch):
@@ -25,6 +29,14 @@ def test_a_small_run_counts_errors_and_goes_on_without_training(tmp_path, monkey
     text = next(tmp_path.glob("*/*/report/distill_mnist.md")).read_text()
     assert "(published errors)" in text
     assert "146" in text
+
+
+def test_the_table_is_that_of_the_results_which_have_the_papers_arms():
+    results = json.loads((RESULTS / "distill_mnist.json").read_text())
+    assert {row["name"] for row in results["rows"]} == set(distill_mnist.PUBLISHED)
+    (table,) = distill_mnist.tables(results).values()
+    written = (RESULTS / "distill_mnist.md").read_text()
+    assert table.markdown(brief(results["provenance"])) == written
 
 
 def test_published_networks_have_their_sizes():
