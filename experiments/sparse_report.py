@@ -92,8 +92,16 @@ def error_curves(
 
     series = {name: (curve["steps"], np.asarray(curve["error"])) for name, curve in curves.items()}
     last = max(float(np.mean(values[:, -1])) for _, values in series.values())
-    shown = {"title": "Training", "scale": 100, "bottom": 0, "top": 100 * headroom * last}
-    return curves_plot(series, "step", y, provenance=source, **shown)
+    return curves_plot(
+        series,
+        "step",
+        y,
+        title="Training",
+        scale=100,
+        bottom=0,
+        top=100 * headroom * last,
+        provenance=source,
+    )
 
 
 class Panel(NamedTuple):

@@ -103,7 +103,7 @@ def _compute(image: Array, choice: Array, argument: Array, names: Sequence[str])
         low, gain = jnp.where(stretch, low, 0), jnp.where(stretch, 255, 1)
         found = jnp.floor((found - low) * gain / jnp.where(stretch, high - low, 1))
     if not set(BLENDS).isdisjoint(names):
-        other: ArrayLike = 0.0
+        other = jnp.float32(0)
         if "contrast" in names:
             other = chosen("contrast", pixels.mean_grey(levels), other)
         if "colour" in names:

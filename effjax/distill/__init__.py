@@ -9,6 +9,7 @@ from effjax.distill.hints import attention_transfer, fsp, hint, nst, vid
 from effjax.distill.learned import Learned, embedded, projected, variational
 from effjax.distill.logits import logits
 from effjax.distill.losses import cosine, dist, kl, mse
+from effjax.distill.mapping import layer_to_layer
 from effjax.distill.online import each, mutual, peers
 from effjax.distill.relations import crd, minilm, rkd_angle, rkd_distance, similarity
 from effjax.distill.targets import TopK, dkd, hard, label_smoothing, top_k, top_k_kl
@@ -35,6 +36,7 @@ __all__ = [
     "hint",
     "kl",
     "label_smoothing",
+    "layer_to_layer",
     "logits",
     "mean_teacher",
     "minilm",

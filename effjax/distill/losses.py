@@ -17,7 +17,7 @@ def kl(student_logits: Array, teacher_logits: Array, temperature: float | Array 
 
     The factor T^2 keeps the gradients' size: d/d student = T (q - p), which at large T tends to the
     difference of the centred logits over the number of classes. It is computed in float32 (float64
-    for float64 logits), and is finite for finite logits of any size. A class that the teacher
+    for float64 logits), and is finite where the logits' differences are. A class that the teacher
     excludes (a logit of -inf) adds nothing.
 
     Args:

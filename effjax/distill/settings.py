@@ -10,7 +10,9 @@ def temperature_schedule(temperature: Scalar | Schedule) -> Schedule:
     Raises:
       SetupError: a number that is not above 0; traced values and schedules pass.
     """
-    if not _unseen(temperature) and not 0 < temperature < float("inf"):
+    if callable(temperature):
+        return temperature
+    if not is_traced(temperature) and not 0 < temperature < float("inf"):
         raise SetupError(f"the temperature is {temperature}; it divides logits, so it is > 0.")
     return as_schedule(temperature)
 
@@ -21,10 +23,8 @@ def weight_schedule(alpha: Scalar | Schedule, what: str = "alpha") -> Schedule:
     Raises:
       SetupError: a number below 0; traced values and schedules pass.
     """
-    if not _unseen(alpha) and not 0 <= alpha < float("inf"):
+    if callable(alpha):
+        return alpha
+    if not is_traced(alpha) and not 0 <= alpha < float("inf"):
         raise SetupError(f"{what} is {alpha}; it weights a loss, so it is >= 0.")
     return as_schedule(alpha)
-
-
-def _unseen(value: Scalar | Schedule) -> bool:
-    return callable(value) or is_traced(value)

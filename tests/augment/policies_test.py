@@ -78,23 +78,25 @@ def test_published_policies_have_25_sub_policies_of_known_operations(policy):
             assert 0 <= magnitude <= 9
 
 
+BOUNDS = (-1.0, 1.0)
+
+
 @pytest.mark.parametrize(
-    "operation",
+    ("operation", "channels", "dtype"),
     [
-        augment.autoaugment("svhn", bounds=(-1.0, 1.0)),
-        augment.trivialaugment(bounds=(-1.0, 1.0)),
-        augment.augmix(bounds=(-1.0, 1.0), width=2, depth=1),
+        (augment.autoaugment("svhn", bounds=BOUNDS), 3, "float32"),
+        (augment.trivialaugment(bounds=BOUNDS), 1, "bfloat16"),
+        (augment.augmix(bounds=BOUNDS, width=2, operations=("equalise", "rotate")), 3, "bfloat16"),
     ],
     ids=("autoaugment", "trivialaugment", "augmix"),
 )
-def test_shapes_types_and_bounds_are_kept_also_of_grey_images(operation):
-    for channels, dtype in ((1, jnp.bfloat16), (3, jnp.float32)):
-        image = (2 * IMAGE[..., :channels] - 1).astype(dtype)
-        found = jax.jit(jax.vmap(operation, (0, None)))(KEYS[:16], image)
-        assert (found.shape, found.dtype) == ((16, *image.shape), dtype)
-        assert found.min() >= -1.01
-        assert found.max() <= 1.01
-        assert (found[0] != found[1]).any()
+def test_shapes_types_and_bounds_are_kept_also_of_grey_images(operation, channels, dtype):
+    image = (2 * IMAGE[..., :channels] - 1).astype(dtype)
+    found = jax.jit(jax.vmap(operation, (0, None)))(KEYS[:16], image)
+    assert (found.shape, found.dtype) == ((16, *image.shape), jnp.dtype(dtype))
+    assert found.min() >= -1.01
+    assert found.max() <= 1.01
+    assert (found[0] != found[1]).any()
 
 
 @pytest.mark.parametrize(

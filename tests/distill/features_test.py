@@ -8,7 +8,16 @@ import optax
 import pytest
 
 import effjax as ej
-from effjax.distill import Match, Teacher, embedded, ensemble, features, hint, projected
+from effjax.distill import (
+    Match,
+    Teacher,
+    embedded,
+    ensemble,
+    features,
+    hint,
+    layer_to_layer,
+    projected,
+)
 from effjax.distill.taps import tap
 from tests import nets
 
@@ -165,6 +174,48 @@ def test_several_teachers_are_tapped_by_their_number():
     outputs = ensemble(two, two, weights=[1, 3])(*both, DATA, KEY, False)[0]
     p = [jax.nn.softmax(two(w, {}, DATA, KEY, False)[0]) for w in both.params]
     np.testing.assert_allclose(jax.nn.softmax(outputs), (p[0] + 3 * p[1]) / 4, rtol=1e-5)
+
+
+def test_the_teacher_runs_in_bfloat16_where_asked():
+    found = {}
+    for dtype in (None, jnp.bfloat16):
+        chain = ej.chain(
+            kd=features(two, {"r": Match("one", "one", embedded(size=3))}, dtype=dtype)
+        )
+        frozen, tx = {"kd": Teacher(weights(1, 8), {})}, optax.sgd(1.0)
+        state = ej.init_state(KEY, STUDENT, chain, tx, DATA, frozen)
+        step = jax.jit(ej.make_step(two, chain, lambda outputs, batch: jnp.zeros(()), tx))
+        lowered = step.lower(state, DATA, frozen)
+        found[dtype] = float(lowered.compile()(state, DATA, frozen)[1]["kd/r"])
+        assert ("bf16" in lowered.as_text()) is (dtype is not None)
+    assert found[None] != found[jnp.bfloat16]
+    np.testing.assert_allclose(found[None], found[jnp.bfloat16], rtol=5e-2)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "students", "wanted"),
+    [
+        ("uniform", 4, [3, 6, 9, 12]),  # TinyBERT's, of BERT's twelve
+        ("uniform", 5, [2, 5, 7, 10, 12]),
+        ("uniform", 12, list(range(1, 13))),
+        ("top", 4, [9, 10, 11, 12]),
+        ("bottom", 4, [1, 2, 3, 4]),
+    ],
+)
+def test_layers_are_mapped_to_a_deeper_teachers(mapping, students, wanted):
+    names = [f"mine_{i}" for i in range(students)], [f"its_{n}" for n in range(1, 13)]
+    found = layer_to_layer(*names, ej.distill.similarity, mapping=mapping, alpha=0.2)
+    assert list(found) == [f"layer_{m}" for m in range(1, students + 1)]
+    assert [m.student for m in found.values()] == names[0]
+    assert [m.teacher for m in found.values()] == [f"its_{n}" for n in wanted]
+    assert {(m.loss, m.alpha) for m in found.values()} == {(ej.distill.similarity, 0.2)}
+
+
+def test_maps_of_layers_that_cannot_be():
+    with pytest.raises(ej.errors.SetupError, match=r"3 taps of the student and 2 of the teacher"):
+        layer_to_layer(["a", "b", "c"], ["a", "b"])
+    with pytest.raises(ej.errors.SetupError, match="mapping='last'"):
+        layer_to_layer(["a"], ["a"], mapping="last")
 
 
 def test_first_in_the_chain_it_sees_what_quantized_operations_compute():

@@ -8,7 +8,7 @@ from flax import linen
 
 import effjax as ej
 from effjax.select import leaves
-from experiments.models import cnn, lenet, mlp, vgg, vit, wrn
+from experiments.models import cnn, lenet, mlp, resnet, vgg, vit, wrn
 from experiments.models.pool import max_pool
 
 # The practitioner's guide's table: width multiplier and parameters, which there include the moving
@@ -53,6 +53,7 @@ VIT_TINY = vit.Spec(192, (3,) * 12, 64, (768,) * 12, size=224, patch=16, classes
 SIZES = [
     (lenet, lenet.Spec(), (1, 28, 28, 1), 431_080, 0),
     (vgg, vgg.Spec(), (1, 32, 32, 3), 4.66e6, 5e3),
+    (resnet, resnet.Spec(), (1, 32, 32, 3), 269_722, 0),  # 0.27M in the paper's table 6
     (wrn, wrn.Spec(28, 10), (1, 32, 32, 3), 36.5e6, 5e4),
     (wrn, wrn.Spec(16, 8), (1, 32, 32, 3), 11.0e6, 5e4),
     (wrn, wrn.Spec(40, 4), (1, 32, 32, 3), 8.9e6, 5e4),
