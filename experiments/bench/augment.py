@@ -180,6 +180,7 @@ def throughput(config: Config) -> list[dict[str, Any]]:
         rates = {who: config.batch / found.median for who, found in times.items()}
         faster = {who: rates["effjax"] / rate for who, rate in rates.items() if who != "effjax"}
         rows.append({"name": name, "examples a second": rates, "times faster than": faster})
+        ratios = ", ".join(f"{ratio:.2f}x {who}" for who, ratio in faster.items())
         print(f"{name}: {rates['effjax']:,.0f} a second; {ratios}", flush=True)
     return rows
 
