@@ -23,6 +23,7 @@ from effjax.quantize.ptq import Quantized, ptq
 from effjax.quantize.qat import qat
 from effjax.quantize.rules import Bits, by_leaf
 from effjax.quantize.sensitivity import drop_one, hawq, rounding_errors
+from effjax.quantize.smooth import smooth
 
 __all__ = [
     "Allocation",
@@ -60,6 +61,7 @@ __all__ = [
     "quant_noise",
     "rounding_errors",
     "signal_to_noise",
+    "smooth",
     "soft_to_hard",
     "ternary",
     "within",

@@ -9,7 +9,7 @@ from jax import lax
 
 from effjax.core import Apply, PyTree
 from effjax.errors import SetupError
-from effjax.quantize.rescale import Rescaling
+from effjax.quantize.rescale import KINDS, Rescaling
 
 
 def equalize(
@@ -63,8 +63,7 @@ def equalize(
     """
     if steps < 1:
         raise SetupError(f"equalize() got steps={steps}; it goes over the layers once at least.")
-    kinds = ("conv", "depthwise", "dense")
-    model = Rescaling("equalize", apply, params, model_state, batch, layers, kinds, epsilon)
+    model = Rescaling("equalize", apply, params, model_state, batch, layers, KINDS, epsilon)
 
     def once(_, named):
         for name in model.chosen:

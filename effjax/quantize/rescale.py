@@ -4,7 +4,7 @@ As relu(x / s) = relu(x) / s for s > 0, output channels of a layer may be divide
 added to them too, if the weights that they meet next are multiplied by s.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,13 @@ from jax import Array
 
 from effjax.core import Apply, PyTree
 from effjax.errors import SetupError
+from effjax.interpret import Operation
+from effjax.prune.calibration import measure
 from effjax.quantize.fold import STATISTICS, fold_batchnorm
 from effjax.quantize.follow import STATE, Layer, follow
 from effjax.select import leaves, replace
 
+KINDS = ("conv", "depthwise", "dense")  # kernels; the scale of a normalization is "scale"
 Named = dict[str, Array]  # leaves of params by path, of the model_state with STATE in front
 
 
@@ -67,6 +70,30 @@ class Rescaling:
         own = self.layers[name]
         nexts = [self.layers[n] for n in own.reaches]
         return [n.per_input(named[n.kernel], own.features) for n in nexts]
+
+    def seen(self, batches: Iterable[PyTree]) -> dict[str, Array]:
+        """The largest magnitude of each channel of a chosen layer, {layer: [features]}."""
+        reached = {n: name for name, nexts in self.chosen.items() for n in nexts}
+        features = {
+            self.layers[n].kernel: self.layers[name].features for n, name in reached.items()
+        }
+
+        def handler(op: Operation) -> tuple[Array, Array]:
+            x = op.operands[0].astype(jnp.float32).reshape(-1, features[op.site.path])
+            return op.run(*op.operands), jnp.max(jnp.abs(x), axis=0)
+
+        look = jax.jit(measure(self.apply, handler, features, merge=jnp.maximum))
+        key, found = jax.random.key(0), dict[str, Array]()
+        for batch in batches:
+            for path, largest in look(self.params, self.model_state, batch, key).items():
+                found[path] = jnp.maximum(found.get(path, 0.0), largest)
+        together: dict[str, Array] = {}
+        for n, name in reached.items():
+            largest = found[self.layers[n].kernel]
+            if not bool(jnp.all(jnp.isfinite(largest))):
+                raise SetupError(f"the input of {n!r} is not finite on the calibration batches.")
+            together[name] = jnp.maximum(together.get(name, 0.0), largest)
+        return together
 
     def moved(self, named: Named, name: str, s: Array) -> Named:
         """The leaves, with a layer's output channels divided by s [features]."""
