@@ -230,13 +230,16 @@ def test_the_empty_chain(model):
 
 # Compiling is what these tests spend their time on: the plain JAX model, which compiles fastest,
 # goes through every law; the others through those that their modules could break, and of the
-# transforms that share what they do with a paired one only when time is no matter.
-# They apply what they draw as randaugment does, and take long to compile.
-SLOW = ("autoaugment", "trivialaugment", "augmix")
-NAMES = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in TRANSFORMS]
+# transforms that share what they do with a paired one only when time is no matter. Of the policies,
+# which apply what they draw alike and take long to compile, one.
+POLICIES = ("autoaugment", "trivialaugment", "augmix")
 
 
-@pytest.mark.parametrize("name", NAMES)
+def slow_unless(quick):
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in TRANSFORMS]
+
+
+@pytest.mark.parametrize("name", slow_unless({*TRANSFORMS} - {*POLICIES}))
 def test_every_transform(name):
     check_transform(case("raw", **{name: TRANSFORMS[name]}), WITH_ANY)
 
@@ -255,7 +258,13 @@ def test_every_transform_in_modules(name, model):
     check_transform(case(model, **{name: TRANSFORMS[name]}), laws)
 
 
-@pytest.mark.parametrize(("first", "second"), PAIRS)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param(*pair, marks=pytest.mark.slow if pair == ("darts", "distill") else [])
+        for pair in PAIRS
+    ],
+)
 def test_every_pair(first, second):
     pair = {name: TRANSFORMS[name] for name in (first, second)}
     check_transform(case("raw", **pair), laws=[3, 4, 5, 6, 7, 12, 13])
@@ -294,7 +303,11 @@ def without_dropout(name, library):
     return TRANSFORMS[name](library)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# What reads modules in a way of its own; the others see the same paths in both libraries.
+READS_MODULES = {*PAIRED, "lsq", "features", "mutual", "mean_teacher", "supernet", "darts"}
+
+
+@pytest.mark.parametrize("name", slow_unless(READS_MODULES))
 def test_linen_and_nnx_give_the_same_numbers(name):
     """Law 11. Without dropout, whose keys the two libraries derive differently."""
     frozen = {"t": teacher()} if name in TAUGHT else None
