@@ -17,7 +17,7 @@ does not. Published, top-1 on ImageNet (Nagel et al. 2019, tables 1 to 4): float
 0.1, per channel 70.7, equalised 69.9, and with bias correction 71.2 (w8a8).
 
 Command: python -m experiments pretrained
-Cost: 20 minutes on one CPU core.
+Cost: half an hour on one CPU core (an estimate).
 
 Papers: Nagel et al. 2019, https://arxiv.org/abs/1906.04721; Nagel et al. 2020,
 https://arxiv.org/abs/2004.10568; Frantar et al. 2023, https://arxiv.org/abs/2210.17323; Sandler et

@@ -11,7 +11,7 @@ Then a train step of a small CNN, with batches as they are, and augmented inside
 dm-pix and augmax are compared where they are installed: pip install dm-pix augmax
 
 Expected: RandAugment adds at most 15% to the CNN's step.
-Cost: 4 minutes on 2 CPU cores.
+Cost: 4 minutes on 2 CPU cores (an estimate).
 Command: python -m experiments bench.augment
 """
 

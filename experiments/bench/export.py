@@ -13,7 +13,7 @@ instruction saturates, and the outputs are others (`docs/deployment.md`).
 
 Expected: on 2 cores with AMX and VNNI, for the CNN at batch 32, ONNX Runtime float32 1.5 times as
 fast as XLA float32, its own quantizer 3.4, our file 3.5, LiteRT 6 and OpenVINO 11.
-Cost: 5 minutes on 2 CPU cores.
+Cost: 5 minutes on 2 CPU cores (an estimate).
 Command: python -m experiments bench.export
 """
 

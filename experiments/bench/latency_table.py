@@ -11,7 +11,7 @@ networks on a phone with a root mean square error of 0.75 ms on about 80 ms. The
 after another; XLA's CPU backend runs a layer on several threads and fuses what follows it.
 
 Expected: a mean error of 10% or less; a table is better than MACs.
-Cost: 4 minutes on 2 CPU cores; nothing else should run meanwhile.
+Cost: 4 minutes on 2 CPU cores (an estimate); nothing else should run meanwhile.
 Command: python -m experiments bench.latency_table
 """
 
