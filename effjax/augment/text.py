@@ -72,16 +72,21 @@ def swap(count: int, protect: tuple[int, ...] = ()) -> TokenOperation:
         raise SetupError(f"swap({count}): exchange at least once.")
 
     def apply(key: Array, sequence: Array) -> Array:
-        free = _free(sequence, protect)
+        # Two unequal ranks among the free places, which an exchange leaves free.
+        rank = jnp.cumsum(_free(sequence, protect))
+        total = rank[-1]
+        one, other = jax.random.split(key)
+        first = jax.random.randint(one, (count,), 0, jnp.maximum(total, 1))
+        step = jax.random.randint(other, (count,), 1, jnp.maximum(total, 2))
+        second = (first + step) % jnp.maximum(total, 1)
+        places = jnp.arange(sequence.shape[0])
 
-        def once(sequence: Array, key: Array) -> tuple[Array, None]:
-            # The two places with the largest draws are a uniform pair of the free ones.
-            draws = jnp.where(free, jax.random.uniform(key, free.shape), -1.0)
-            _, (i, j) = lax.top_k(draws, 2)
-            swapped = sequence.at[i].set(sequence[j]).at[j].set(sequence[i])
-            return jnp.where(free.sum() < 2, sequence, swapped), None
+        def once(sequence: Array, ranks: tuple[Array, Array]) -> tuple[Array, None]:
+            i, j = (jnp.argmax(rank == r + 1) for r in ranks)
+            swapped = jnp.where(places == i, sequence[j], sequence)
+            return jnp.where(places == j, sequence[i], swapped), None
 
-        return lax.scan(once, sequence, jax.random.split(key, count))[0]
+        return lax.scan(once, sequence, (first, second), unroll=min(count, 4))[0]
 
     return apply
 

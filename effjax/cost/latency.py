@@ -49,11 +49,13 @@ def latency(
     warmup: int = 2,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Latency]:
-    """Times candidates against each other: each round times all of them, in a rotating order, so
-    that a slow moment of the machine falls on all alike.
+    """Times candidates against each other: each round times all of them, in a random order, so
+    that a slow moment of the machine, or a neighbour's threads still waiting for work, falls on all
+    alike.
 
-    A sample is the mean of as many calls as take a millisecond; compilation and `warmup` calls come
-    before and do not count. Each sample ends when the results are there (`block_until_ready`).
+    A sample is the mean of as many calls as take a millisecond; compilation, `warmup` calls and one
+    call just before each sample do not count. Each sample ends when the results are there
+    (`block_until_ready`).
 
     Args:
       candidates: by name, a function without arguments that calls a jitted function and returns its
@@ -94,9 +96,10 @@ def latency(
         jax.block_until_ready(call())
         repeats[name] = max(1, math.ceil(MIN_SAMPLE_S / max(clock() - start, 1e-9)))
     names, times = list(candidates), {name: list[float]() for name in candidates}
-    for round_ in range(samples):
-        shift = round_ % len(names)
-        for name in names[shift:] + names[:shift]:
+    rng = np.random.default_rng(0)
+    for _ in range(samples):
+        for name in rng.permutation(names).tolist():
+            jax.block_until_ready(candidates[name]())  # the caches are its own again
             start = clock()
             for _ in range(repeats[name]):
                 result = candidates[name]()

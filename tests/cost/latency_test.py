@@ -31,19 +31,25 @@ class Clock:
 
 def test_median_and_percentile_by_hand():
     clock = Clock()
-    # Calls 1 to 3 compile, warm up and size the sample; ten samples of 1 to 10 s follow.
-    call = clock.candidate("a", lambda n: max(n - 3, 1))
+    # Calls 1 to 3 compile, warm up and size the sample; ten samples of 1 to 10 s follow, each
+    # after a call that does not count.
+    call = clock.candidate("a", lambda n: max((n - 3) / 2, 1))
     found = ej.latency({"a": call}, batch_size=4, samples=10, warmup=1, clock=clock)["a"]
     assert (found.median, found.samples, found.batch_size) == (5.5, 10, 4)
     assert found.p95 == pytest.approx(9.55)
     assert found.per_example == pytest.approx(5.5 / 4)
 
 
-def test_rounds_are_interleaved_and_rotate():
+def test_rounds_are_interleaved_in_random_order():
     clock = Clock()
     names = {name: clock.candidate(name, 1.0) for name in "abc"}
-    ej.latency(names, batch_size=1, samples=3, warmup=0, clock=clock)
-    assert "".join(clock.calls[-9:]) == "abcbcacab"
+    ej.latency(names, batch_size=1, samples=200, warmup=0, clock=clock)
+    calls = "".join(clock.calls[6:])
+    assert calls[::2] == calls[1::2]  # the call before a sample is of the same candidate
+    rounds = [calls[i : i + 6 : 2] for i in range(0, len(calls), 6)]
+    assert {"".join(sorted(one)) for one in rounds} == {"abc"}
+    assert len(rounds) == 200
+    assert min(map(rounds.count, ("abc", "acb", "bac", "bca", "cab", "cba"))) > 15
 
 
 def test_short_calls_are_repeated_within_a_sample():
@@ -51,7 +57,7 @@ def test_short_calls_are_repeated_within_a_sample():
     names = {"slow": clock.candidate("slow", 1.0), "fast": clock.candidate("fast", 1e-4)}
     found = ej.latency(names, batch_size=1, samples=2, warmup=0, clock=clock)
     assert clock.calls.count("fast") >= 2 * 10
-    assert clock.calls.count("slow") == 2 + 2
+    assert clock.calls.count("slow") == 2 + 2 * 2
     assert found["fast"].median == pytest.approx(1e-4)
 
 

@@ -129,7 +129,7 @@ def rounds(mode, batch, count, start=None):
         scores = runs.evaluate(states, batch, hypers=hypers)["accuracy"].value
         states, hypers, event = evolve(jax.random.fold_in(key, number), states, hypers, scores)
         events.append(event)
-    assert evolve._cache_size() == 1
+    assert evolve._cache_size() <= 1  # jax may drop entries, in a long process
     return runs, states, hypers, events
 
 

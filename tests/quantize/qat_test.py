@@ -156,8 +156,8 @@ def test_from_16_bits_on_every_program_is_itself(name):
 
     grad, outputs = ours(params, jnp.int32(16))
     wanted_grad, wanted = jax.jit(jax.grad(objective, has_aux=True))(params)
-    # XLA folds these transposes into the product, unless a select stands between.
-    (close if name == "transposed operands" else equal)(outputs, wanted)
+    # Not bit for bit: XLA fuses, and contracts to fused multiply-adds, what no select divides.
+    close(outputs, wanted)
     close(grad, wanted_grad)
 
 
