@@ -11,10 +11,14 @@ largest output is the same one.
 ONNX Runtime is timed with exact sums, and, as "fast", without: on CPUs without VNNI the faster
 instruction saturates, and the outputs are others (`docs/deployment.md`).
 
+On one core: on more, the threads of one engine wait for work in loops for milliseconds after a call,
+and take cores from the next engine; ratios of the same two files then differed by a factor of four
+from run to run.
+
 Expected: on 2 cores with AMX and VNNI, for the CNN at batch 32, ONNX Runtime float32 1.5 times as
 fast as XLA float32, its own quantizer 3.4, our file 3.5, LiteRT 6 and OpenVINO 11.
-Cost: 5 minutes on 2 CPU cores (an estimate).
-Command: python -m experiments bench.export
+Cost: 2 minutes on 1 CPU core.
+Command: taskset -c 1 python -m experiments bench.export
 """
 
 import dataclasses
@@ -118,7 +122,7 @@ def measure(kind: str, config: Config) -> list[dict[str, Any]]:
             "ONNX int8": session(ours),
             "ONNX int8, fast": session(ours, exact=False),
             "OpenVINO int8": openvino(ours),
-            "LiteRT int8": litert.run(tflite, os.cpu_count() or 1),
+            "LiteRT int8": litert.run(tflite, cores()),
         }
         outputs = {name: call(part)[0] for name, call in engines.items()}
         compiled = jax.jit(plain)
@@ -161,9 +165,14 @@ def measure(kind: str, config: Config) -> list[dict[str, Any]]:
     return rows
 
 
+def cores() -> int:
+    """Those that this process may use, which XLA uses too."""
+    return len(os.sched_getaffinity(0))
+
+
 def session(data: bytes, exact: bool = True) -> Callable[..., list[np.ndarray]]:
     """A file in ONNX Runtime, on all cores."""
-    return onnx.run(data, os.cpu_count() or 1, exact)
+    return onnx.run(data, cores(), exact)
 
 
 def refusable(name: str, data: bytes) -> dict[str, Callable[..., list[np.ndarray]]]:
