@@ -11,9 +11,9 @@ largest output is the same one.
 ONNX Runtime is timed with exact sums, and, as "fast", without: on CPUs without VNNI the faster
 instruction saturates, and the outputs are others (`docs/deployment.md`).
 
-On one core: on more, the threads of one engine wait for work in loops for milliseconds after a call,
-and take cores from the next engine; ratios of the same two files then differed by a factor of four
-from run to run.
+On one core: on more, the threads of one engine wait for work in loops for milliseconds after a
+call, and take cores from the next engine; ratios of the same two files then differed by a factor of
+four from run to run.
 
 Expected: on 2 cores with AMX and VNNI, for the CNN at batch 32, ONNX Runtime float32 1.5 times as
 fast as XLA float32, its own quantizer 3.4, our file 3.5, LiteRT 6 and OpenVINO 11.
