@@ -228,11 +228,13 @@ def test_the_empty_chain(model):
     check_transform(case(model))
 
 
-# Compiling is what these tests spend their time on: the plain JAX model, which compiles fastest,
-# goes through every law; the others through those that their modules could break, and of the
-# transforms that share what they do with a paired one only when time is no matter. Of the policies,
-# which apply what they draw alike and take long to compile, one.
+# Compiling is what these tests spend their time on. The plain JAX model, which compiles fastest, goes
+# through the laws; modules go through those that they could break, for the transforms of which all
+# pairs are tested. Grouping, meshes and populations (laws 2, 8 and 9), whose programs are the
+# longest, are for those and for one of each further kind. The slow tests leave nothing out. Of the
+# policies, which apply what they draw alike and take long to compile, the quick ones see one.
 POLICIES = ("autoaugment", "trivialaugment", "augmix")
+KINDS = {"rigl", "hard_concrete", "lsq", "bit_search", "features", "mutual", "mixup", "supernet"}
 
 
 def slow_unless(quick):
@@ -241,7 +243,12 @@ def slow_unless(quick):
 
 @pytest.mark.parametrize("name", slow_unless({*TRANSFORMS} - {*POLICIES}))
 def test_every_transform(name):
-    check_transform(case("raw", **{name: TRANSFORMS[name]}), WITH_ANY)
+    check_transform(case("raw", **{name: TRANSFORMS[name]}), [3, 4, 5, 6, 7, 12, 13])
+
+
+@pytest.mark.parametrize("name", slow_unless({*PAIRED} | KINDS))
+def test_every_transform_grouped_on_meshes_and_in_populations(name):
+    check_transform(case("raw", **{name: TRANSFORMS[name]}), [2, 8, 9])
 
 
 def in_modules(names):

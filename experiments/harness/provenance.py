@@ -98,7 +98,9 @@ def _commit() -> str | None:
         ).stdout.strip()
 
     try:
-        dirty = git("status", "--porcelain", "--untracked-files=no")
+        # Results, and the figures drawn from them, change no number.
+        written = (":!experiments/results", ":!docs/images")
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
         return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.SubprocessError):
         return None
