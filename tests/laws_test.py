@@ -228,9 +228,9 @@ def test_the_empty_chain(model):
     check_transform(case(model))
 
 
-# Compiling is what these tests spend their time on. The plain JAX model, which compiles fastest, goes
-# through the laws; modules go through those that they could break, for the transforms of which all
-# pairs are tested. Grouping, meshes and populations (laws 2, 8 and 9), whose programs are the
+# Compiling is what these tests spend their time on. The plain JAX model, which compiles fastest,
+# goes through the laws; modules go through those that they could break, for the transforms of which
+# all pairs are tested. Grouping, meshes and populations (laws 2, 8 and 9), whose programs are the
 # longest, are for those and for one of each further kind. The slow tests leave nothing out. Of the
 # policies, which apply what they draw alike and take long to compile, the quick ones see one.
 POLICIES = ("autoaugment", "trivialaugment", "augmix")

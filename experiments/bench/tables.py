@@ -81,7 +81,7 @@ def integer(found: Mapping[str, Any]) -> Grid:
     return Grid(
         ["network", "float32", *titles, "bytes"],
         rows,
-        caption="Times as fast as the float32 network; bytes of the integer program over float32's.",
+        caption="Times as fast as float32; bytes of the integer program over float32's.",
     )
 
 
