@@ -125,9 +125,15 @@ def pad(graph: Graph, eqn: Eqn, x: Value, value: Value) -> Value:
 
 
 def rows(graph: Graph, eqn: Eqn, table: Value, indices: Value) -> Value:
-    """`gather` of whole rows, as of an embedding, as Gather; integers stay integers."""
+    """`gather` of whole rows, as of an embedding, as Gather; of every so many elements along axes,
+    as x[:, ::2, ::2] is written for batches of any size, as Slice. Integers stay integers."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     picked = numbers.start_index_map
+    if indices.constant:
+        places = graph.full(indices, range(len(indices.shape))).data
+        found = _slice_of(numbers, sizes, table.shape, places, shape_of(eqn))
+        if found is not None:
+            return piece(graph, table, *found, shape_of(eqn))
     whole = all(n == table.shape[a] for a, n in enumerate(sizes) if a not in picked)
     if len(picked) != 1 or numbers.collapsed_slice_dims != picked or not whole:
         raise ExportError(
@@ -155,6 +161,29 @@ def rows(graph: Graph, eqn: Eqn, table: Value, indices: Value) -> Value:
     if grid is not None and grid.axis is not None:
         grid = grid._replace(axis=moved[grid.axis])
     return Value(name, (*before, *own, *after), shape, grid)
+
+
+def _slice_of(
+    numbers: Any, sizes: Sequence[Any], table: Sequence[Any], places: np.ndarray, shape: Any
+) -> tuple[list[Any], list[Any], list[int]] | None:
+    """Starts, limits and strides of the slice that a gather at known places is, if it is one."""
+    picked, rank = numbers.start_index_map, places.ndim - 1
+    starts, limits, strides = [0] * len(table), list(table), [1] * len(table)
+    if rank == 0 and not numbers.collapsed_slice_dims:
+        for axis, start in zip(picked, places.tolist(), strict=True):
+            starts[axis], limits[axis] = start, start + sizes[axis]
+        return starts, limits, strides
+    kept = [a for a in range(len(shape)) if a not in numbers.offset_dims]
+    if numbers.collapsed_slice_dims != picked or list(picked) != kept or rank != len(picked):
+        return None
+    for i, axis in enumerate(picked):
+        along = np.moveaxis(places[..., i], i, -1)
+        line = along.reshape(-1, along.shape[-1])[0]
+        step = int(line[1] - line[0]) if len(line) > 1 else 1
+        if step < 1 or (along != line[0] + step * np.arange(len(line))).any():
+            return None
+        starts[axis], limits[axis], strides[axis] = int(line[0]), int(line[-1]) + 1, step
+    return starts, limits, strides
 
 
 def reduction(op: str) -> Callable[..., Value]:

@@ -207,6 +207,23 @@ def test_operations_on_layout(name):
     agrees(LAYOUT[name], X)
 
 
+# With a batch of any size JAX writes these as gathers.
+SLICES = {
+    "every second": lambda x: x[:, ::2, 1::3],
+    "one axis": lambda x: x[:, 1::2],
+    "a part": lambda x: x[..., 2:5],
+    "not a slice": lambda x: x[:, np.array([2, 0])],
+}
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_slices_of_batches_of_any_size(name):
+    (n,) = jax.export.symbolic_shape("n")
+    data = to_onnx(SLICES[name], jax.ShapeDtypeStruct((n, *X.shape[1:]), jnp.float32))
+    np.testing.assert_array_equal(run(data)(X)[0], SLICES[name](X))
+    assert set(kernels(data)) == {"Gather" if name == "not a slice" else "Slice"}
+
+
 PRODUCTS = {
     "attention": lambda x: jnp.einsum("bqd,bkd->bqk", x, 2 * x),
     "left": lambda x: jnp.einsum("oi,bti->bto", jnp.arange(12.0).reshape(2, 6), x),
