@@ -3,17 +3,16 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from effjax.core import Ctx, Forward, Metrics, PyTree, Setup, Transform
-from effjax.distill.losses import check_logits, kl
+from effjax.core import Ctx, Forward, PyTree, Setup, Transform
 from effjax.errors import ScheduleError, SetupError
+from effjax.nas.sandwich import InPlace
 from effjax.nas.slices import Bits, Depth, Kernel, Resolution, Sparsity, Width
 from effjax.nas.supernet import Supernet
-from effjax.schedules import Scalar, Schedule, as_schedule
+from effjax.schedules import Scalar, Schedule
 from effjax.select import leaves
 
 ORDER = (Resolution, Kernel, Depth, Width, Bits, Sparsity)
@@ -72,14 +71,13 @@ def elastic(
     """
     if samples < 0:
         raise SetupError(f"elastic draws samples={samples} sub-networks; use 0 or more.")
-    alpha_at, temperature_at = as_schedule(alpha), as_schedule(temperature)
+    taught = InPlace(alpha, temperature, logits)
     begins = _begins(net, shrink or {})
     whole = _is_whole(net)
 
     def init(key: Array, params: PyTree, setup: Setup) -> tuple[PyTree, PyTree]:
         check_params(net, params)
-        found = jax.eval_shape(logits, setup.trace(params)[0])
-        check_logits(found, found)
+        taught.check(setup, params)
         matrices = net.matrices()
         state: dict[str, PyTree] = {"arch": net.largest}
         quant = net.quantizer(np.asarray(net.architecture()))
@@ -109,28 +107,16 @@ def elastic(
             )
             smallest = net.canonical(lowest)
             drawn = net.draw(ctx.key, samples, lowest)
-            found = []
+            subnets = []
             for arch in (smallest, *drawn):
                 one = run(forward, params, arch, extra, state, ctx)
-                found.append(logits(one(model_state, batch, key, train)[0]))
-            subnets = jnp.stack(found)
-            same = jnp.argmax(subnets[0], axis=-1) == jnp.argmax(logits(outputs), axis=-1)
-            mine = {"subnets": subnets, "agreement": jnp.mean(same, dtype=jnp.float32)}
-            return outputs, new_state, {**aux, **mine}
+                subnets.append(one(model_state, batch, key, train)[0])
+            return outputs, new_state, {**aux, **taught.seen(outputs, subnets)}
 
         return sandwich
 
-    def loss(outputs, batch, aux, extra, state, ctx) -> Metrics:
-        largest = jax.lax.stop_gradient(logits(outputs))
-        target = jnp.broadcast_to(largest, aux["subnets"].shape)
-        distance = kl(aux["subnets"], target, temperature_at(ctx.step))
-        return {"kl": alpha_at(ctx.step) * jnp.mean(distance)}
-
     def export(params: PyTree, extra: PyTree, state: PyTree) -> PyTree:
         return net.view(params, state["arch"], extra.get("matrices"))
-
-    def report(vars, state, aux, ctx) -> Metrics:
-        return {"agreement": aux["agreement"]}
 
     def describe(params: PyTree, extra: PyTree, state: PyTree) -> dict[str, dict[str, int]]:
         return facts_of(net, np.asarray(state["arch"]), params, state.get("quant"))
@@ -139,9 +125,9 @@ def elastic(
         init=init,
         view=view,
         wrap=wrap,
-        loss=loss,
+        loss=taught.loss,
         export=export,
-        report=report,
+        report=taught.report,
         describe=describe,
         kind="architecture",
     )

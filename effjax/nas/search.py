@@ -76,7 +76,7 @@ class Search:
         self.reports: dict[int, list[tuple[int, float]]] = {}  # (step, value) by trial
         self.stopped: set[int] = set()
         self._path = None if path is None else Path(path)
-        head = {"space": space.digest, "strategy": type(strategy).__name__, "seed": seed}
+        head = {"space": space.digest, "strategy": _named(strategy), "seed": seed}
         if stopper is not None:
             head["stopper"] = type(stopper).__name__
         if self._path is not None and self._path.exists():
@@ -218,3 +218,10 @@ class Search:
         covers = (values[:, None] >= values).all(axis=2) & (values[:, None] > values).any(axis=2)
         kept = np.flatnonzero(~covers.any(axis=0))
         return [self.trials[numbers[i]] for i in kept]
+
+
+def _named(strategy: Strategy) -> str:
+    """The strategy's class, with that of the strategy which it wraps."""
+    inner = getattr(strategy, "strategy", None)
+    name = type(strategy).__name__
+    return name if inner is None else f"{name}({_named(inner)})"

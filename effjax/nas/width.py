@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Sequence
 
-import jax
-import jax.numpy as jnp
 from jax import Array
 
-from effjax.core import Ctx, Forward, Metrics, PyTree, Setup, Transform
-from effjax.distill.losses import check_logits, kl
+from effjax.core import Ctx, Forward, PyTree, Setup, Transform
 from effjax.errors import SetupError
 from effjax.nas.groups import WIDTHS, Groups, WidthSpace, check_choices, width_space
-from effjax.schedules import Scalar, Schedule, as_schedule
+from effjax.nas.sandwich import InPlace
+from effjax.schedules import Scalar, Schedule
 
 
 def width(
@@ -68,14 +66,13 @@ def width(
     check_choices(choices)
     if samples < 0:
         raise SetupError(f"the width search draws samples={samples} sub-networks; use 0 or more.")
-    alpha_at, temperature_at = as_schedule(alpha), as_schedule(temperature)
+    taught = InPlace(alpha, temperature, logits)
 
     def space(params: PyTree) -> WidthSpace:
         return width_space(params, groups, choices)
 
     def init(key: Array, params: PyTree, setup: Setup) -> tuple[PyTree, PyTree]:
-        found = jax.eval_shape(logits, setup.trace(params)[0])
-        check_logits(found, found)
+        taught.check(setup, params)
         return {}, {"width": space(params).largest}
 
     def view(params: PyTree, extra: PyTree, state: PyTree, ctx: Ctx) -> PyTree:
@@ -92,29 +89,16 @@ def width(
             outputs, new_state, aux = forward(params, model_state, batch, key, train)
             found = space(params)
             drawn = found.sample(ctx.key, samples)
-            subnets = jnp.stack(
-                [
-                    logits(forward(found.mask(params, arch), model_state, batch, key, train)[0])
-                    for arch in (found.smallest, *drawn)
-                ]
-            )
-            same = jnp.argmax(subnets[0], axis=-1) == jnp.argmax(logits(outputs), axis=-1)
-            mine = {"subnets": subnets, "agreement": jnp.mean(same, dtype=jnp.float32)}
-            return outputs, new_state, {**aux, **mine}
+            subnets = [
+                forward(found.mask(params, arch), model_state, batch, key, train)[0]
+                for arch in (found.smallest, *drawn)
+            ]
+            return outputs, new_state, {**aux, **taught.seen(outputs, subnets)}
 
         return sandwich
 
-    def loss(outputs, batch, aux, extra, state, ctx) -> Metrics:
-        largest = jax.lax.stop_gradient(logits(outputs))
-        target = jnp.broadcast_to(largest, aux["subnets"].shape)
-        distance = kl(aux["subnets"], target, temperature_at(ctx.step))
-        return {"kl": alpha_at(ctx.step) * jnp.mean(distance)}
-
     def export(params: PyTree, extra: PyTree, state: PyTree) -> PyTree:
         return space(params).mask(params, state["width"])
-
-    def report(vars, state, aux, ctx) -> Metrics:
-        return {"agreement": aux["agreement"]}
 
     def describe(params: PyTree, extra: PyTree, state: PyTree) -> dict[str, dict[str, int]]:
         found = space(params)
@@ -126,9 +110,9 @@ def width(
         init=init,
         view=view,
         wrap=wrap,
-        loss=loss,
+        loss=taught.loss,
         export=export,
-        report=report,
+        report=taught.report,
         describe=describe,
         kind="architecture",
     )

@@ -68,6 +68,12 @@ def test_only_what_is_accepted_is_proposed_and_a_search_goes_on(make, tmp_path):
     assert again.ask().genes.tolist() == search.ask().genes.tolist()
 
 
+def test_a_search_goes_on_with_the_strategy_that_was_wrapped(tmp_path):
+    Search(SPACE, Constrained(RandomSearch(SPACE), cheap), tmp_path / "trials").ask()
+    with pytest.raises(SetupError, match=r"Constrained\(RandomSearch\).*Constrained\(LocalSearch"):
+        Search(SPACE, Constrained(LocalSearch(SPACE), cheap), tmp_path / "trials")
+
+
 def test_what_cannot_be_meant():
     with pytest.raises(SetupError, match="of 5 configurations that RandomSearch proposed, none"):
         Constrained(RandomSearch(SPACE), lambda genes: False, tries=5).ask(jax.random.key(0))
