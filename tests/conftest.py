@@ -4,18 +4,21 @@ import os
 import tempfile
 
 # Before jax is imported: the sharding tests need more than one device, and on a busy machine
-# eight of them may wait for each other for longer than XLA's 40 seconds.
+# eight of them may wait for each other for longer than XLA's 40 seconds. Most of the time goes into
+# compiling small programs, which takes half as long without LLVM's optimizations; XLA_FLAGS of the
+# caller come last and count.
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    "--xla_backend_optimization_level=0",
 )
-os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
+os.environ["XLA_FLAGS"] = " ".join((*FLAGS, os.environ.get("XLA_FLAGS", "")))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_compilation_cache_dir", f"{tempfile.gettempdir()}/effjax-test-cache")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
