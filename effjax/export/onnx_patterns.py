@@ -186,40 +186,46 @@ def _node(graph: Graph, value: Value) -> Node | None:
 def quantized(graph: Graph, x: Value, grid: Grid) -> Value:
     """x rounded to a grid: before the layout operations that computed it, which then move integers,
     so that the rounding follows the layer."""
-    x = unclamped(graph, x, grid)
+    x, least, most = unclamped(graph, x, grid)
     node, moves = _node(graph, x), []
     while node is not None and node.op in ("Reshape", "Transpose", "Squeeze", "Unsqueeze"):
         moves.append(node)
         before = node.inputs[0]
         node = graph.producer(before)
     if not moves or grid.axis is not None:
-        return graph.quantized(x, grid)
-    name = str(graph.quantized(x._replace(data=before), grid).data)
-    for node in reversed(moves):
-        name = graph.node(node.op, name, *node.inputs[1:], **node.attributes)
-    return x._replace(data=name, grid=grid)
+        found = graph.quantized(x, grid)
+    else:
+        name = str(graph.quantized(x._replace(data=before), grid).data)
+        for node in reversed(moves):
+            name = graph.node(node.op, name, *node.inputs[1:], **node.attributes)
+        found = x._replace(data=name, grid=grid)
+    return found if (least, most) == grid.limits else graph.clipped(found, least, most)
 
 
-def unclamped(graph: Graph, x: Value, grid: Grid) -> Value:
-    """What a quantizer's operand was before it was clamped to a range that the grid has anyway.
-
-    With it goes the ReLU before an unsigned grid, so that the rounding follows the layer directly.
+def unclamped(graph: Graph, x: Value, grid: Grid) -> tuple[Value, int, int]:
+    """What a quantizer's operand was before ReLUs and other clamps, and the least and the largest
+    integer that they leave: rounding is monotone, so that clamping the integers is the same, and
+    the rounding follows the layer directly. Nearly always the grid has no other integers anyway.
     """
-    low, high = ((n - grid.zero_point) * grid.scale.max() for n in grid.limits)
-    while (node := _node(graph, x)) is not None:
-        bound = [graph.arrays[n] for n in node.inputs if n in graph.arrays]
+    least, most = grid.limits
+    if grid.scale.size > 1:
+        return x, least, most
+    scale = np.float32(grid.scale.reshape(()))
+    while (node := _node(graph, x)) is not None and node.op in ("Relu", "Max", "Min"):
+        bounds = [graph.arrays[n] for n in node.inputs if n in graph.arrays]
         rest = [n for n in node.inputs if n not in graph.arrays]
-        if node.op == "Relu":
-            implied = low >= 0
-        elif node.op in ("Max", "Min") and len(bound) == len(rest) == 1 and bound[0].size == 1:
-            at = float(bound[0].reshape(()))
-            implied = at <= low if node.op == "Max" else at >= high
-        else:
-            implied = False
-        if not implied:
+        bounds = [np.zeros(())] if node.op == "Relu" else bounds
+        if len(bounds) != 1 or len(rest) != 1 or bounds[0].size > 1:
             break
-        x = x._replace(data=rest[0])
-    return x
+        level: float = np.rint(np.float32(bounds[0].reshape(())) / scale) + grid.zero_point
+        if node.op == "Min":
+            lower, upper = float(least), min(most, level)
+        else:
+            lower, upper = max(least, level), float(most)
+        if lower > upper:
+            break
+        x, least, most = x._replace(data=rest[0]), int(lower), int(upper)
+    return x, least, most
 
 
 def clipped(graph: Graph, low: Value, x: Value, high: Value) -> Value | None:

@@ -139,6 +139,24 @@ def test_narrow_and_shifted_ranges(low, high):
     assert not differ.any() or low == -127
 
 
+@pytest.mark.parametrize("clamp", [nn.relu6, lambda x: jnp.clip(x, -1.5, 2.0), nn.relu])
+@pytest.mark.parametrize(("low", "high"), [(-127, 127), (0, 255)])
+def test_clamps_before_a_rounding_are_clamps_of_the_integers(clamp, low, high):
+    """So that the rounding follows the layer, whatever of the grid the clamp leaves."""
+    own, scale = Layers(), np.float32(6 / 127)
+
+    def apply(x):
+        return own.rounded(clamp(own.dense(own.rounded(x, "input"), "a", 8)), "a", low, high, scale)
+
+    x = np.clip(9 * images((16,)), -6, 6)  # beyond, engines have one integer more
+    data = to_onnx(lambda x: own.dense(apply(x), "b", 4, scale), aval(*x.shape))
+    assert integer_kernels(data) == {"QGemm": 2}
+    assert not {"Relu", "Min", "Max"} & set(kernels(data))
+    found, wanted = run(to_onnx(apply, aval(*x.shape)))(x)[0] / scale, jax.jit(apply)(x) / scale
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
+    assert len(np.unique(wanted.round())) > 5
+
+
 def test_low_bit_activations_stay_on_integers():
     own = Layers()
 
