@@ -13,6 +13,7 @@ TINY = Config(
 )
 
 
+@pytest.mark.slow
 def test_all_arms_are_trained_and_the_best_two_compressed(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFJAX_RUNS", str(tmp_path))
     found = compared.run(TINY)

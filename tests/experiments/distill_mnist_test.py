@@ -15,6 +15,7 @@ from experiments.models import mlp
 from experiments.sparse_report import RESULTS
 
 
+@pytest.mark.slow
 def test_a_small_run_counts_errors_and_goes_on_without_training(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFJAX_RUNS", str(tmp_path))
     sizes = {"teacher": (256, 256), "student": (32,), "epochs": 25, "batch": 32}

@@ -24,6 +24,7 @@ TINY = Config(
 )
 
 
+@pytest.mark.slow
 def test_every_choice_is_within_the_average_and_trained(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFJAX_RUNS", str(tmp_path))
     found = mixed_precision.run(TINY)
