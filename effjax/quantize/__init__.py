@@ -3,6 +3,7 @@
 from effjax.quantize import estimators, numerics
 from effjax.quantize.adaround import adaround
 from effjax.quantize.anneal import soft_to_hard
+from effjax.quantize.awq import awq
 from effjax.quantize.binary import binary, dorefa, ternary
 from effjax.quantize.bitsearch import bit_search, within
 from effjax.quantize.budget import Allocation, allocate, bit_costs
@@ -34,6 +35,7 @@ __all__ = [
     "Trace",
     "adaround",
     "allocate",
+    "awq",
     "binary",
     "bit_costs",
     "bit_search",

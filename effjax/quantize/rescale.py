@@ -4,7 +4,8 @@ As relu(x / s) = relu(x) / s for s > 0, output channels of a layer may be divide
 added to them too, if the weights that they meet next are multiplied by s.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +72,17 @@ class Rescaling:
         nexts = [self.layers[n] for n in own.reaches]
         return [n.per_input(named[n.kernel], own.features) for n in nexts]
 
-    def seen(self, batches: Iterable[PyTree]) -> dict[str, Array]:
-        """The largest magnitude of each channel of a chosen layer, {layer: [features]}."""
+    def seen(
+        self,
+        batches: Iterable[PyTree],
+        statistic: Callable[[Array], Array] = lambda x: jnp.max(jnp.abs(x), axis=0),
+        merge: Callable[[Any, Array], Array] = jnp.maximum,
+    ) -> dict[str, Array]:
+        """What a chosen layer's channels are where they are read, {layer: [..., features]}.
+
+        statistic: of values [n, features]; left out, the largest magnitudes.
+        merge: of two parts of the data.
+        """
         reached = {n: name for name, nexts in self.chosen.items() for n in nexts}
         features = {
             self.layers[n].kernel: self.layers[name].features for n, name in reached.items()
@@ -80,19 +90,19 @@ class Rescaling:
 
         def handler(op: Operation) -> tuple[Array, Array]:
             x = op.operands[0].astype(jnp.float32).reshape(-1, features[op.site.path])
-            return op.run(*op.operands), jnp.max(jnp.abs(x), axis=0)
+            return op.run(*op.operands), statistic(x)
 
-        look = jax.jit(measure(self.apply, handler, features, merge=jnp.maximum))
+        look = jax.jit(measure(self.apply, handler, features, merge=merge))
         key, found = jax.random.key(0), dict[str, Array]()
         for batch in batches:
-            for path, largest in look(self.params, self.model_state, batch, key).items():
-                found[path] = jnp.maximum(found.get(path, 0.0), largest)
+            for path, own in look(self.params, self.model_state, batch, key).items():
+                found[path] = merge(found.get(path, 0.0), own)
         together: dict[str, Array] = {}
         for n, name in reached.items():
-            largest = found[self.layers[n].kernel]
-            if not bool(jnp.all(jnp.isfinite(largest))):
+            own = found[self.layers[n].kernel]
+            if not bool(jnp.all(jnp.isfinite(own))):
                 raise SetupError(f"the input of {n!r} is not finite on the calibration batches.")
-            together[name] = jnp.maximum(together.get(name, 0.0), largest)
+            together[name] = merge(together.get(name, 0.0), own)
         return together
 
     def moved(self, named: Named, name: str, s: Array) -> Named:
