@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core import PyTree
-from effjax.errors import SelectorError
+from effjax.errors import SelectorError, SetupError
 from effjax.jaxprs import GATHER
 from effjax.quantize import numerics
 from effjax.schedules import is_traced
@@ -94,11 +94,20 @@ class Rules(NamedTuple):
 
         Raises:
           SelectorError: an expression that matches nothing.
+          SetupError: a selected matrix that is not floating point.
           SiteError: a selected matrix that reaches no site, or a site that cannot be rewritten.
         """
         wanted = _matrices(select(params, self.select))
         if self.embeddings is not None:
             wanted |= _matrices(select(params, self.embeddings))
+        for path, leaf in wanted.items():
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise SetupError(
+                    f"the quantizer's selector chooses {path}, which is {leaf.dtype}; floating "
+                    "point is what is rounded to integers. If it is quantized already, restore the "
+                    "float weights; if it is none of the model's matrices, leave it out of "
+                    "`select`."
+                )
         sites = [site for site in analysis.sites if self.takes(site)]
         check_reached(sites, wanted, analysis.met)
         for site in sites:

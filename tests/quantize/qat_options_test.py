@@ -335,3 +335,32 @@ def test_an_integer_program_refuses_grids_that_it_would_misread(transform):
     state = ej.init_state(KEY, model, transform, tx, nets.BATCH)
     with pytest.raises(SetupError, match="takes grids that are symmetric"):
         ej.quantize.integer(model.apply, transform, state, nets.BATCH)
+
+
+QUANTIZERS = {
+    "qat": ej.quantize.qat,
+    "lsq": ej.quantize.lsq,
+    "pact": ej.quantize.pact,
+    "dorefa": ej.quantize.dorefa,
+    "binary": ej.quantize.binary,
+    "ternary": ej.quantize.ternary,
+    "quant_noise": lambda: ej.quantize.quant_noise(4),
+    "soft_to_hard": lambda: ej.quantize.soft_to_hard(end=3),
+    "bit_search": lambda: ej.quantize.bit_search(3.0, (2, 4)),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_selected_matrix_of_integers_is_refused_and_others_are_left_alone(name):
+    def apply(params, model_state, batch, key, train):
+        return batch @ params["kernel"].astype(jnp.float32) + params["offset"], model_state
+
+    def state(params):
+        model = ej.Model(lambda key, batch: (params, {}), apply)
+        given = ej.chain(quant=QUANTIZERS[name]()), optax.identity(), jnp.ones((4, 3))
+        return ej.init_state(KEY, model, *given, params=params, model_state={})
+
+    with pytest.raises(SetupError, match="chooses kernel, which is int32"):
+        state({"kernel": jnp.ones((3, 2), jnp.int32), "offset": jnp.int32(3)})
+    kept = state({"kernel": jnp.ones((3, 2)), "offset": jnp.int32(3)})
+    assert kept.vars.model["offset"].dtype == jnp.int32
