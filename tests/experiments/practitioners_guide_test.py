@@ -53,6 +53,7 @@ def finished(tmp_path_factory):
         yield folder, shown, results
 
 
+@pytest.mark.slow
 def test_every_arm_is_trained_measured_and_written(finished):
     folder, shown, results = finished
     rows = results["rows"]
@@ -78,6 +79,7 @@ def test_every_arm_is_trained_measured_and_written(finished):
     assert (folder / "images" / "practitioners_guide.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_finished_run_trains_nothing_again(finished, monkeypatch):
     folder, shown, _ = finished
     monkeypatch.setenv("EFFJAX_RUNS", str(folder / "runs"))
