@@ -29,7 +29,8 @@ def to_litert(fn: Callable[..., PyTree], *avals: PyTree) -> bytes:
     """The .tflite file of a function.
 
     A layer whose operands and result are quantized runs on int8; one without a quantizer on its
-    result, as often the last, is computed in float32 from int8 weights.
+    result, as often the last, is computed in float32 from int8 weights. Weights of fewer bits take
+    a byte each.
 
     Args:
       fn: a frozen model as a function of arrays, its weights among its constants.
@@ -60,10 +61,15 @@ def to_litert(fn: Callable[..., PyTree], *avals: PyTree) -> bytes:
                 f"LiteRT: the input {name!r} has the shape {x.shape}; a .tflite file has fixed "
                 "shapes. Give a batch size, and write a file for each that is needed."
             )
+    closed = jax.make_jaxpr(fn)(*avals)
+    if _looks_up_integers(closed.jaxpr, set()):
+        raise ExportError(
+            "LiteRT: an embedding is quantized, which its converter does not survive. Leave "
+            "embeddings in floating point, or export to ONNX or StableHLO."
+        )
     try:
         return _loads(_converted(fn, list(inputs), *avals))
-    except ValueError as error:
-        closed = jax.make_jaxpr(fn)(*avals)
+    except (ValueError, need("litert_converter.mlir.ir", "litert").MLIRError) as error:
         raise ExportError(_why(closed.jaxpr, str(error))) from error
 
 
@@ -81,7 +87,12 @@ def _converted(fn: Callable[..., PyTree], names: list[str], *avals: PyTree) -> b
     context = ir.Context()
     converter.prepare_mlir_context(context)
     with context, ir.Location.unknown():
-        module = ir.Module.parse(exported.mlir_module())
+        # Weights of 2 bits are unknown, and the kernels for 4 compute other integers than the
+        # kernels for 8, which are the model's: each takes a byte.
+        text = exported.mlir_module()
+        for small in ("i2", "i4"):
+            text = text.replace(f'dtype = "{small}"', 'dtype = "i8"')
+        module = ir.Module.parse(text)
         results = [path or "output" for path in leaves(outputs)]
         converter.set_signature(module.operation, "serving_default", names, results)
         converter.run_convert_to_tfl_passes(module, passes.PassManager(), options)
@@ -111,7 +122,7 @@ def _why(jaxpr: Jaxpr, message: str) -> str:
         avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in found]
         try:
             _loads(_converted(alone, [f"input_{i}" for i in range(len(avals))], *avals))
-        except ValueError as error:
+        except (ValueError, need("litert_converter.mlir.ir", "litert").MLIRError) as error:
             shapes = ", ".join(v.aval.str_short() for v in eqn.invars)
             first = str(error).strip().partition("\n")[0]
             return (
@@ -119,6 +130,22 @@ def _why(jaxpr: Jaxpr, message: str) -> str:
                 f"{scope or 'the top'} has no translation. Replace it in the model. ({first})"
             )
     return f"LiteRT: the model cannot be converted: {message.strip()}"
+
+
+def _looks_up_integers(jaxpr: Jaxpr, marked: set[Any]) -> bool:
+    """Whether rows of what a quantizer gives are gathered; `marked` are such inputs."""
+    for eqn in jaxpr.eqns:
+        inner, known = parts(eqn), [not is_literal(v) and v in marked for v in eqn.invars]
+        if is_marker(eqn):
+            marked.update(eqn.outvars)
+        elif isinstance(inner, Call | Remat | Ruled):
+            body = inner.body.jaxpr
+            own = {v for v, yes in zip(body.invars, known, strict=True) if yes}
+            if _looks_up_integers(body, own):
+                return True
+        elif eqn.primitive.name == "gather" and known[0]:
+            return True
+    return False
 
 
 def _operations(jaxpr: Jaxpr, scope: str) -> Iterator[tuple[Jaxpr, Eqn, str]]:
