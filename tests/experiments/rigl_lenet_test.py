@@ -32,6 +32,7 @@ def results(tmp_path_factory):
     return json.loads((folder / "results" / "rigl_lenet.json").read_text())
 
 
+@pytest.mark.slow
 def test_each_arm_has_its_density(results):
     rows = {row["name"]: row for row in results["rows"]}
     assert list(rows) == [
@@ -53,6 +54,7 @@ def test_each_arm_has_its_density(results):
     assert all(0 < row["error"] < 0.9 for row in rows.values())
 
 
+@pytest.mark.slow
 def test_connections_of_pixels_move_and_stay_as_many(results):
     for name in (rigl.RIGL, rigl.SET):
         start, end = (np.asarray(results["pixels"][name][when][0]) for when in ("start", "end"))
@@ -62,6 +64,7 @@ def test_connections_of_pixels_move_and_stay_as_many(results):
     assert static["start"] == static["end"]
 
 
+@pytest.mark.slow
 def test_training_flops_follow_the_papers_formula(results):
     rows = {row["name"]: row for row in results["rows"]}
     kept = round(0.1 * SIZES[0]) + round(0.19 * SIZES[1]) + SIZES[2]

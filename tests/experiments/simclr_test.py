@@ -23,6 +23,7 @@ TINY = Config(
 )
 
 
+@pytest.mark.slow
 def test_all_arms_are_trained_and_the_compressed_are_small(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFJAX_RUNS", str(tmp_path))
     found = simclr.run(TINY)

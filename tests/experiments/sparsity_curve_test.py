@@ -25,6 +25,7 @@ TINY = curve.Config(
 )
 
 
+@pytest.mark.slow
 def test_everything_is_trained_and_written(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFJAX_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(sparse_report, "RESULTS", tmp_path / "results")

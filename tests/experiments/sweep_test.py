@@ -140,6 +140,7 @@ def rows(runs):
     return found
 
 
+@pytest.mark.slow
 def test_side_by_side_or_one_by_one_and_nothing_twice(tmp_path, monkeypatch, capsys):
     words = ["sweep", "train", "--over", "sparsity=0,0.9", "bits=8,32", "--epochs", "1"]
     found = {}

@@ -95,6 +95,7 @@ def test_a_run_that_went_back_to_a_checkpoint_logs_no_step_twice(runs, monkeypat
     assert server.seen == [(r["step"], {"loss": r["loss"]}) for r in records]
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_are_each_tracked(runs):
     words = ["sweep", "train", "--over", "seed=0,1", "--together", "2", *QUICK]
     assert cli.main([*words, "--track", "tensorboard"]) == 0
