@@ -11,8 +11,8 @@ is compared within a row, and is not what these networks reach.
 Expected (what is asked of the exports): the file's classes are the frozen function's for 99.9% of
 the test images and its accuracy QAT's within 0.1 points, for all kinds; 99.5% of each layer's
 integers the same to one unit, for the CNN.
-Cost: 10 minutes on 2 CPU cores (an estimate).
-Command: python -m experiments exported_models
+Cost: 20 minutes of one CPU core.
+Command: python -m experiments exported_models --keep
 
 Paper: Jacob et al., "Quantization and training of neural networks for efficient
 integer-arithmetic-only inference", 2018, https://arxiv.org/abs/1712.05877.
