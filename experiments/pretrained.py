@@ -17,7 +17,7 @@ does not. Published, top-1 on ImageNet (Nagel et al. 2019, tables 1 to 4): float
 0.1, per channel 70.7, equalised 69.9, and with bias correction 71.2 (w8a8).
 
 Command: python -m experiments pretrained
-Cost: half an hour on one CPU core (an estimate).
+Cost: 50 minutes of one CPU core.
 
 Papers: Nagel et al. 2019, https://arxiv.org/abs/1906.04721; Nagel et al. 2020,
 https://arxiv.org/abs/2004.10568; Frantar et al. 2023, https://arxiv.org/abs/2210.17323; Sandler et
@@ -292,4 +292,4 @@ def figures(results: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any
     wide = [arm.name for arm in ARMS if arm.bits == 8 and arm.name != ARMS[2].name]
     few = [arm.name for arm in ARMS if arm.bits == 4]
     panels = [panel(wide, "Weights of 8 bits"), panel(few, "Weights of 4 bits")]
-    return {NAME: panels_plot(panels, source, width=7.0, height=3.4)}
+    return {NAME: panels_plot(panels, source, width=7.0, height=3.9)}

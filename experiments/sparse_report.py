@@ -139,11 +139,12 @@ def panels_plot(
             figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
         ):
             _draw(axes, panel, names, handles)
+        room = int(72 * width / (4 * max(map(len, handles)) + 36))
         figure.legend(
             list(handles.values()),
             list(handles),
             loc="outside upper center",
-            ncols=min(max(1, int(width * 0.75)), len(handles)),
+            ncols=min(max(1, int(width * 0.75)), max(1, room), len(handles)),
             frameon=False,
             fontsize=7,
             handlelength=2.4,
