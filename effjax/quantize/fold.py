@@ -1,7 +1,7 @@
 """BatchNorm folded into the layer before it: what is quantized is then what is multiplied."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -57,7 +57,8 @@ def fold_batchnorm(
 
     Raises:
       SetupError: no BatchNorm; a layer that does not exist or does not fit; a BatchNorm for which
-        no layer, or more than one, can be meant; outputs that differ.
+        no layer, or more than one, can be meant; leaves that are not floating point; outputs
+        that differ.
 
     Example:
       >>> import jax.numpy as jnp
@@ -125,6 +126,8 @@ def _fold(
     stats: dict[str, Array] = {}
     for layer, norm in pairs.items():
         own = norms[norm]
+        _check_floats(named, (f"{layer}/kernel", f"{layer}/bias", f"{norm}/scale", f"{norm}/bias"))
+        _check_floats(state, (own.mean, own.var))
         kernel = named[f"{layer}/kernel"]
         wide = jnp.promote_types(kernel.dtype, jnp.float32)
         factor = jax.lax.rsqrt(state[own.var].astype(wide) + epsilon)
@@ -148,6 +151,16 @@ def _fold(
         stats[own.mean] = mean.astype(state[own.mean].dtype)
         stats[own.var] = jnp.full_like(state[own.var], 1.0 - epsilon)
     return _exchanged(params, new), _exchanged(model_state, stats)
+
+
+def _check_floats(named: Mapping[str, Array], paths: Sequence[str]) -> None:
+    for path in paths:
+        if path in named and not jnp.issubdtype(named[path].dtype, jnp.floating):
+            raise SetupError(
+                f"{path} is {named[path].dtype}: folding a BatchNorm multiplies it, which takes "
+                "floating point. If it is quantized already, restore the float weights and fold "
+                "first."
+            )
 
 
 def _exchanged(tree: PyTree, new: Mapping[str, Array]) -> PyTree:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -68,15 +69,16 @@ def follow(apply: Apply, params: PyTree, model_state: PyTree, batch: PyTree) -> 
     """The layers of a model in evaluation by path (without "/kernel" or "/scale"), in the order of
     execution.
 
-    Batches may be abstract. What is computed inside loops and branches is not followed.
+    Batches may be abstract. What is computed inside loops and branches is not followed. Layers
+    with leaves that are not floating point are blocked, and those before them.
     """
 
     def outputs(params: PyTree, model_state: PyTree, batch: PyTree, key: Any) -> PyTree:
         return apply(params, model_state, batch, key, False)[0]
 
     closed = jax.make_jaxpr(outputs)(params, model_state, batch, abstract_key())
-    vectors = {path: leaf.shape[0] for path, leaf in leaves(params).items() if leaf.ndim == 1}
-    walker = _Walker(vectors)
+    named = leaves(params) | {STATE + path: leaf for path, leaf in leaves(model_state).items()}
+    walker = _Walker(named)
     inputs = [_Value(leaf=path) for path in leaves(params)]
     inputs += [_Value(leaf=STATE + path) for path in leaves(model_state)]
     inputs += [_Value(data=True) for _ in jax.tree.leaves(batch)]
@@ -91,14 +93,22 @@ def _constant(value: Any) -> _Value:
 
 
 class _Walker:
-    def __init__(self, sizes: Mapping[str, int]) -> None:
-        self.sizes = sizes  # of the leaves of one axis
+    def __init__(self, named: Mapping[str, Any]) -> None:
+        self.named = named  # the leaves
+        vectors = {p: x for p, x in named.items() if np.ndim(x) == 1 and not p.startswith(STATE)}
+        self.sizes = {path: leaf.shape[0] for path, leaf in vectors.items()}
         self.layers: dict[str, Layer] = {}
 
     def block(self, value: _Value, why: str) -> None:
         if value.layer:
             own = self.layers[value.layer]
             own.blocked = own.blocked or why
+
+    def integers(self, values: Sequence[_Value]) -> str:
+        """Which leaf among these is not floating point, as a reason, or ""."""
+        own = {v.leaf: jnp.result_type(self.named[v.leaf]) for v in values if v.leaf}
+        odd = [name for name, dtype in own.items() if not jnp.issubdtype(dtype, jnp.floating)]
+        return f"{odd[0]} is {own[odd[0]]}, not floating point" if odd else ""
 
     def run(
         self, jaxpr: jaxprs.Jaxpr, consts: Sequence[_Value], inputs: Sequence[_Value]
@@ -136,7 +146,8 @@ class _Walker:
         if name in SIGNS and any(v.zero for v in values):
             return _Value(True)  # signs do not change
         for value in followed:
-            self.block(value, f"{name} is not positively homogeneous, or not followed")
+            why = f"{name} is not positively homogeneous, or not followed"
+            self.block(value, self.integers(values) or why)
         return _Value(data=True)
 
     def passes(self, eqn: jaxprs.Eqn, values: list[_Value]) -> bool:
@@ -184,6 +195,9 @@ class _Walker:
             return value
         if own.added.get(other.leaf) is not None:
             return None  # added twice
+        ends = np.shape(self.named[other.leaf])[-1:]
+        if not ends or ends[0] % own.features or self.integers(values):
+            return None  # no number for each channel
         own.added[other.leaf] = -1 if eqn.primitive.name == "sub" and which == 0 else 1
         if value.plain and not own.first:
             own.first = other.leaf
@@ -198,7 +212,7 @@ class _Walker:
         if not features or _shape(eqn.outvars[0])[-1:] != (features,) or name in self.layers:
             self.block(_Value(layer=name if name in self.layers else ""), "it is used twice")
             return _Value(data=True)
-        self.layers[name] = Layer(leaf, "scale", features)
+        self.layers[name] = Layer(leaf, "scale", features, blocked=self.integers(values))
         return _Value(True, name)
 
     def product(self, eqn: jaxprs.Eqn, values: list[_Value]) -> _Value:
@@ -212,10 +226,12 @@ class _Walker:
             self.block(_Value(layer=name if name in self.layers else ""), "it is used twice")
             return _Value(data=True)
         kind = "dense" if eqn.primitive.name == jaxprs.DOT else "depthwise" if depthwise else "conv"
-        self.layers[name] = Layer(kernel.leaf, kind, shape[-1])
+        self.layers[name] = Layer(kernel.leaf, kind, shape[-1], blocked=self.integers([kernel]))
         if kind == "dense" and len(shape) > 2:
-            self.layers[name].blocked = "they have several axes"
-        if groups > 1 and not depthwise:
+            self.block(_Value(layer=name), "they have several axes")
+        if why := self.integers([kernel]):
+            self.block(x, why)
+        elif groups > 1 and not depthwise:
             self.block(x, f"{name} is a grouped convolution")
         elif x.layer:
             self.layers[x.layer].reaches.append(name)

@@ -5,7 +5,6 @@ added to them too, if the weights that they meet next are multiplied by s.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +42,7 @@ class Rescaling:
         epsilon: float,
     ) -> None:
         self.apply, self.batch, self.before = apply, batch, (params, model_state)
-        if norms := _norms(follow(apply, params, model_state, batch)):
+        if norms := _norms(follow(apply, params, model_state, batch), leaves(params)):
             params, model_state = fold_batchnorm(
                 params, model_state, norms, epsilon=epsilon, apply=apply, batch=batch
             )
@@ -59,7 +58,8 @@ class Rescaling:
             raise SetupError(
                 f"{what}() finds no layer whose outputs reach others through a positively "
                 f"homogeneous function such as ReLU. {reasons or 'No leaf is the kernel of one'}. "
-                "Exchange ReLU6, GELU or SiLU for ReLU, or leave this out."
+                "Exchange ReLU6, GELU or SiLU for ReLU, give weights in floating point, or leave "
+                "this out."
             )
 
     def named(self) -> Named:
@@ -72,38 +72,33 @@ class Rescaling:
         nexts = [self.layers[n] for n in own.reaches]
         return [n.per_input(named[n.kernel], own.features) for n in nexts]
 
-    def seen(
+    def read(
         self,
         batches: Iterable[PyTree],
-        statistic: Callable[[Array], Array] = lambda x: jnp.max(jnp.abs(x), axis=0),
-        merge: Callable[[Any, Array], Array] = jnp.maximum,
-    ) -> dict[str, Array]:
-        """What a chosen layer's channels are where they are read, {layer: [..., features]}.
+        handler: Callable[[Operation, int], tuple[Array, PyTree]],
+        merge: Callable[[Array, Array], Array],
+    ) -> dict[str, PyTree]:
+        """What is measured where layers read a chosen one's outputs, {reader: tree of arrays}.
 
-        statistic: of values [n, features]; left out, the largest magnitudes.
-        merge: of two parts of the data.
+        handler: `(operation, features of what it reads) -> (result, measured)`.
+        merge: of two parts of the data; see `intercept`.
         """
-        reached = {n: name for name, nexts in self.chosen.items() for n in nexts}
-        features = {
-            self.layers[n].kernel: self.layers[name].features for n, name in reached.items()
-        }
+        features = {n: self.layers[name].features for name, own in self.chosen.items() for n in own}
+        kernels = {self.layers[n].kernel: size for n, size in features.items()}
 
-        def handler(op: Operation) -> tuple[Array, Array]:
-            x = op.operands[0].astype(jnp.float32).reshape(-1, features[op.site.path])
-            return op.run(*op.operands), statistic(x)
+        def sized(op: Operation) -> tuple[Array, PyTree]:
+            return handler(op, kernels[op.site.path])
 
-        look = jax.jit(measure(self.apply, handler, features, merge=merge))
-        key, found = jax.random.key(0), dict[str, Array]()
+        look = jax.jit(measure(self.apply, sized, kernels, merge=merge))
+        key, found = jax.random.key(0), dict[str, PyTree]()
         for batch in batches:
             for path, own in look(self.params, self.model_state, batch, key).items():
-                found[path] = merge(found.get(path, 0.0), own)
-        together: dict[str, Array] = {}
-        for n, name in reached.items():
+                found[path] = jax.tree.map(merge, found[path], own) if path in found else own
+        for n in features:
             own = found[self.layers[n].kernel]
-            if not bool(jnp.all(jnp.isfinite(own))):
+            if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(own)):
                 raise SetupError(f"the input of {n!r} is not finite on the calibration batches.")
-            together[name] = merge(together.get(name, 0.0), own)
-        return together
+        return {n: found[self.layers[n].kernel] for n in features}
 
     def moved(self, named: Named, name: str, s: Array) -> Named:
         """The leaves, with a layer's output channels divided by s [features]."""
@@ -142,12 +137,13 @@ class Rescaling:
         return after
 
 
-def _norms(layers: Mapping[str, Layer]) -> dict[str, str]:
-    """The BatchNorm of each layer: that whose mean is taken off its outputs."""
+def _norms(layers: Mapping[str, Layer], named: Named) -> dict[str, str]:
+    """The BatchNorm of each layer of floats: that whose mean is taken off its outputs."""
     found = {}
     for name, own in layers.items():
         means = [p for p in own.added if p.startswith(STATE) and p.endswith("/mean")]
-        if means and own.kind != "scale":
+        floats = jnp.issubdtype(named[own.kernel].dtype, jnp.floating)
+        if means and own.kind != "scale" and floats:
             found[name] = means[0].removeprefix(STATE).removeprefix(STATISTICS)[: -len("/mean")]
     return found
 
@@ -165,7 +161,7 @@ def _checked(what: str, layers: Mapping[str, Layer], name: str) -> Layer:
     if why := _why(layers[name]):
         raise SetupError(
             f"{what}() cannot rescale {name!r}: {why}. Only ReLU, leaky ReLU, pooling and other "
-            "functions with f(s x) = s f(x) may stand between it and the next layers; exchange "
-            "ReLU6 for ReLU, or leave the layer out."
+            "functions with f(s x) = s f(x) may stand between it and the next layers, all with "
+            "weights in floating point; exchange ReLU6 for ReLU, or leave the layer out."
         )
     return layers[name]

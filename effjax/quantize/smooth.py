@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
+from jax import Array
 from qwix.contrib import smooth_quant
 
 from effjax.core import Apply, PyTree
+from effjax.interpret import Operation
 from effjax.prune import calibration
 from effjax.quantize.rescale import KINDS, Rescaling
 from effjax.schedules import check_fraction
@@ -54,12 +56,18 @@ def smooth(
     first, batches = calibration.peek(batches)
     kinds = (*KINDS, "scale")
     model = Rescaling("smooth", apply, params, model_state, first, layers, kinds, epsilon)
-    largest = model.seen(batches)
+    largest = model.read(batches, _largest, jnp.maximum)
     named = model.named()
     for name in model.chosen:
         own = [jnp.max(jnp.abs(w), axis=(0, 2)) for w in model.inputs(named, name)]
-        x, w = largest[name], jnp.max(jnp.stack(own), axis=0)
+        seen = [largest[n] for n in model.chosen[name]]
+        x, w = (jnp.max(jnp.stack(each), axis=0) for each in (seen, own))
         alive = (x > 0) & (w > 0)
         s = smooth_quant.compute_scales_ratio(x, jnp.where(alive, w, 1), alpha)
         named = model.moved(named, name, jnp.where(alive, s, 1))
     return model.finished(named)
+
+
+def _largest(op: Operation, features: int) -> tuple[Array, Array]:
+    x = op.operands[0].astype(jnp.float32).reshape(-1, features)
+    return op.run(*op.operands), jnp.max(jnp.abs(x), axis=0)

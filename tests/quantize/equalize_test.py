@@ -154,3 +154,14 @@ def test_wrong_layers():
     batch = {"x": np.ones((2, 3), np.float32)}
     with pytest.raises(SetupError, match=r"equalize\(\) finds no layer .* model's outputs"):
         equalize(dense.apply, *dense.init(jax.random.key(0), batch), batch)
+
+
+@pytest.mark.parametrize("shape", [(), (8, 1)])
+def test_what_is_added_has_a_number_for_each_channel(shape):
+    def apply(params, model_state, batch, key, train):
+        x = batch @ params["a"]["kernel"] + params["shift"]
+        return jax.nn.relu(x) @ params["b"]["kernel"], model_state
+
+    kernels = {"a": {"kernel": jnp.ones((3, 4))}, "b": {"kernel": jnp.ones((4, 2))}}
+    with pytest.raises(SetupError, match="add is not positively homogeneous"):
+        equalize(apply, {**kernels, "shift": jnp.ones(shape)}, {}, jnp.ones((8, 3)))
