@@ -5,6 +5,7 @@ is not documented, so one version is asked for, and every file is loaded before 
 """
 
 import importlib.metadata
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,12 @@ from effjax.select import leaves
 
 CONVERTER = "0.5.0"
 
+# Weights of several axes on grids of 2 and 4 bits: the converter knows no convolutions with 2, and
+# those with 4 compute other integers than with 8, which are the model's.
+_SMALL_KERNEL = re.compile(
+    r'(composite "quant\.fake_quant"[^\n]*dtype = )"i[24]"([^\n]*-> tensor<(?:\d+x){3,}f32>)'
+)
+
 # What moves, joins and converts, and multiplies nothing.
 _PLAIN = ("QUANTIZE", "DEQUANTIZE", "RESHAPE", "TRANSPOSE", "CONCATENATION", "SLICE")
 
@@ -29,8 +36,8 @@ def to_litert(fn: Callable[..., PyTree], *avals: PyTree) -> bytes:
     """The .tflite file of a function.
 
     A layer whose operands and result are quantized runs on int8; one without a quantizer on its
-    result, as often the last, is computed in float32 from int8 weights. Weights of fewer bits take
-    a byte each.
+    result, as often the last, is computed in float32 from int8 weights. Matrices of 2 or 4 bits are
+    packed; kernels of convolutions take a byte for each weight.
 
     Args:
       fn: a frozen model as a function of arrays, its weights among its constants.
@@ -87,11 +94,7 @@ def _converted(fn: Callable[..., PyTree], names: list[str], *avals: PyTree) -> b
     context = ir.Context()
     converter.prepare_mlir_context(context)
     with context, ir.Location.unknown():
-        # Weights of 2 bits are unknown, and the kernels for 4 compute other integers than the
-        # kernels for 8, which are the model's: each takes a byte.
-        text = exported.mlir_module()
-        for small in ("i2", "i4"):
-            text = text.replace(f'dtype = "{small}"', 'dtype = "i8"')
+        text = _SMALL_KERNEL.sub(r'\1"i8"\2', exported.mlir_module())
         module = ir.Module.parse(text)
         results = [path or "output" for path in leaves(outputs)]
         converter.set_signature(module.operation, "serving_default", names, results)
