@@ -225,7 +225,7 @@ def case(model, **transforms):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_empty_chain(model):
-    check_transform(case(model))
+    check_transform(case(model), LAWS if model == "raw" else [1, 3, 4, 5, 6, 7, 12, 13])
 
 
 # Compiling is what these tests spend their time on. The plain JAX model, which compiles fastest,
