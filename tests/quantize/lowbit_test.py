@@ -264,5 +264,5 @@ def test_a_block_that_does_not_divide():
 
 def test_integer_leaves_are_no_weights_to_round():
     params = {"kernel": jnp.ones((4, 4), jnp.int32)}
-    with pytest.raises(ej.errors.SiteError, match="kernel"):
+    with pytest.raises(ej.errors.SetupError, match="kernel, which is int32"):
         init(lambda p, x: x @ p["kernel"], binary(), params, jnp.ones((2, 4), jnp.int32))
