@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from effjax.errors import SelectorError
+from effjax.errors import SelectorError, SetupError
 
 PyTree = Any
 KERNELS = r"(^|/)kernel$"
@@ -41,6 +42,20 @@ def replace(tree: PyTree, new: Mapping[str, Any]) -> PyTree:
     if missing := sorted(set(new) - set(leaves(tree))):
         raise SelectorError(f"no leaves {missing} to replace; the tree has {list(leaves(tree))}.")
     return map_named(lambda name, leaf: new.get(name, leaf), tree)
+
+
+def check_floating(chosen: Mapping[str, Any], pattern: Any, why: str) -> None:
+    """Raises unless the leaves that a selector chose are floating point; `why` they must be.
+
+    Raises:
+      SetupError: one is not.
+    """
+    for path, leaf in chosen.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise SetupError(
+                f"the selector {pattern!r} chooses {path}, which is {leaf.dtype}; {why}. Leave it "
+                "out of the selector."
+            )
 
 
 def select(params: PyTree, pattern: str = KERNELS, *, min_ndim: int = 0) -> dict[str, Any]:

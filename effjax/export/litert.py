@@ -37,7 +37,7 @@ def to_litert(fn: Callable[..., PyTree], *avals: PyTree) -> bytes:
 
     A layer whose operands and result are quantized runs on int8; one without a quantizer on its
     result, as often the last, is computed in float32 from int8 weights. Matrices of 2 or 4 bits are
-    packed; kernels of convolutions take a byte for each weight.
+    packed; weights of more axes, as kernels of convolutions, take a byte each.
 
     Args:
       fn: a frozen model as a function of arrays, its weights among its constants.
@@ -76,7 +76,7 @@ def to_litert(fn: Callable[..., PyTree], *avals: PyTree) -> bytes:
         )
     try:
         return _loads(_converted(fn, list(inputs), *avals))
-    except (ValueError, need("litert_converter.mlir.ir", "litert").MLIRError) as error:
+    except _refusals() as error:
         raise ExportError(_why(closed.jaxpr, str(error))) from error
 
 
@@ -102,6 +102,11 @@ def _converted(fn: Callable[..., PyTree], names: list[str], *avals: PyTree) -> b
         return converter.export_flatbuffer_to_bytes(module.operation)
 
 
+def _refusals() -> tuple[type[Exception], ...]:
+    """What the converter raises for a program that it does not take."""
+    return ValueError, need("litert_converter.mlir.ir", "litert").MLIRError
+
+
 def _loads(data: bytes) -> bytes:
     _interpreter(data, 1)
     return data
@@ -125,7 +130,7 @@ def _why(jaxpr: Jaxpr, message: str) -> str:
         avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in found]
         try:
             _loads(_converted(alone, [f"input_{i}" for i in range(len(avals))], *avals))
-        except (ValueError, need("litert_converter.mlir.ir", "litert").MLIRError) as error:
+        except _refusals() as error:
             shapes = ", ".join(v.aval.str_short() for v in eqn.invars)
             first = str(error).strip().partition("\n")[0]
             return (

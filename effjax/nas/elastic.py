@@ -9,7 +9,7 @@ from jax import Array
 
 from effjax.core import Ctx, Forward, PyTree, Setup, Transform
 from effjax.errors import ScheduleError, SetupError
-from effjax.nas.sandwich import InPlace
+from effjax.nas.inplace import InPlace
 from effjax.nas.slices import Bits, Depth, Kernel, Resolution, Sparsity, Width
 from effjax.nas.supernet import Supernet
 from effjax.schedules import Scalar, Schedule

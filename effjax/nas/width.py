@@ -7,7 +7,7 @@ from jax import Array
 from effjax.core import Ctx, Forward, PyTree, Setup, Transform
 from effjax.errors import SetupError
 from effjax.nas.groups import WIDTHS, Groups, WidthSpace, check_choices, width_space
-from effjax.nas.sandwich import InPlace
+from effjax.nas.inplace import InPlace
 from effjax.schedules import Scalar, Schedule
 
 

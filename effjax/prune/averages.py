@@ -4,10 +4,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from effjax.core import Ctx, Metrics, PyTree, Setup, Transform, Vars
-from effjax.errors import ScheduleError, SelectorError
+from effjax.errors import ScheduleError
 from effjax.prune.masks import masked
 from effjax.schedules import Scalar, Schedule, as_schedule, is_traced
-from effjax.select import leaves, replace
+from effjax.select import check_floating, leaves, replace
 from effjax.select import select as select_leaves
 
 # Under any transform that prunes by masks a pruned weight is exactly 0, and one that has just come
@@ -49,7 +49,8 @@ def ema(decay: Scalar | Schedule = 0.999, *, select: str = "") -> Transform:
 
     Raises:
       ScheduleError: a decay outside [0, 1).
-      SelectorError (at `init`): nothing is selected, or a leaf that is not floating point.
+      SelectorError (at `init`): nothing is selected.
+      SetupError (at `init`): a leaf that is not floating point.
 
     Example:
       >>> import effjax as ej
@@ -66,12 +67,7 @@ def ema(decay: Scalar | Schedule = 0.999, *, select: str = "") -> Transform:
 
     def init(key: Array, params: PyTree, setup: Setup) -> tuple[PyTree, PyTree]:
         found = select_leaves(params, select)
-        for path, leaf in found.items():
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                raise SelectorError(
-                    f"{path} is {leaf.dtype}, which has no average. Leave it out of the selector "
-                    f"{select!r}."
-                )
+        check_floating(found, select, "integers have no average")
         # What is evaluated before the first step is the weights as they are.
         start = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in found.items()}
         empty = {path: jnp.zeros(leaf.shape, jnp.float32) for path, leaf in found.items()}

@@ -18,7 +18,7 @@ from effjax.core import Apply, PyTree
 from effjax.errors import SetupError, SiteError
 from effjax.interpret import Handler, Operation, intercept
 from effjax.jaxprs import GATHER
-from effjax.select import leaves, replace
+from effjax.select import check_floating, leaves, replace
 from effjax.select import select as select_leaves
 from effjax.sites import Site, analyze_model, check_reached, check_ruled
 
@@ -28,12 +28,7 @@ Leaves = dict[str, Array]
 def chosen_leaves(params: PyTree, select: str) -> Leaves:
     """The selected leaves, checked to be floating point."""
     chosen = select_leaves(params, select)
-    for path, leaf in chosen.items():
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise SetupError(
-                f"the selector {select!r} chooses {path}, which is {leaf.dtype}; scores are "
-                "computed for floating-point weights. Leave it out of the selector."
-            )
+    check_floating(chosen, select, "scores are computed for floating-point weights")
     return chosen
 
 

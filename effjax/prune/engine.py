@@ -14,13 +14,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from effjax.core import Ctx, Metrics, PyTree, Setup, Transform, Vars
-from effjax.errors import SetupError
 from effjax.prune import budgets, masks
 from effjax.prune.counts import count
 from effjax.prune.ends import inner_kernels
 from effjax.prune.patterns import Pattern
 from effjax.prune.timing import Timing
-from effjax.select import leaves, owners, replace
+from effjax.select import check_floating, leaves, owners, replace
 from effjax.select import select as select_leaves
 from effjax.sites import find_sites
 
@@ -265,12 +264,7 @@ def selected(params: PyTree, setup: Setup, select: str | list[str] | None) -> Na
         if isinstance(select, str)
         else {path: named[path] for path in select}
     )
-    for path, leaf in chosen.items():
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise SetupError(
-                f"the selector {select!r} chooses {path}, which is {leaf.dtype}; scores are "
-                "compared among floating-point weights. Leave it out of the selector."
-            )
+    check_floating(chosen, select, "scores are compared among floating-point weights")
     return chosen
 
 

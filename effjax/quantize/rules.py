@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core import PyTree
-from effjax.errors import SelectorError, SetupError
+from effjax.errors import SelectorError
 from effjax.jaxprs import GATHER
 from effjax.quantize import numerics
 from effjax.schedules import is_traced
-from effjax.select import leaves, select
+from effjax.select import check_floating, leaves, select
 from effjax.sites import Analysis, Site, check_reached, check_ruled
 
 
@@ -97,17 +97,12 @@ class Rules(NamedTuple):
           SetupError: a selected matrix that is not floating point.
           SiteError: a selected matrix that reaches no site, or a site that cannot be rewritten.
         """
-        wanted = _matrices(select(params, self.select))
-        if self.embeddings is not None:
-            wanted |= _matrices(select(params, self.embeddings))
-        for path, leaf in wanted.items():
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                raise SetupError(
-                    f"the quantizer's selector chooses {path}, which is {leaf.dtype}; floating "
-                    "point is what is rounded to integers. If it is quantized already, restore the "
-                    "float weights; if it is none of the model's matrices, leave it out of "
-                    "`select`."
-                )
+        wanted: dict[str, Any] = {}
+        for pattern in (self.select, self.embeddings):
+            if pattern is not None:
+                chosen = _matrices(select(params, pattern))
+                check_floating(chosen, pattern, "floats are what is rounded to integers")
+                wanted |= chosen
         sites = [site for site in analysis.sites if self.takes(site)]
         check_reached(sites, wanted, analysis.met)
         for site in sites:
