@@ -69,14 +69,14 @@ class Graph:
             zero = self.array(self.arrays[zero], owner=name)
         return self.node("DequantizeLinear", name, scale, zero, **axis)
 
-    def quantized(self, value: Value, grid: Grid) -> Value:
-        """The value rounded to a grid, stored as integers."""
+    def quantized(self, value: Value, grid: Grid, least: int, most: int) -> Value:
+        """The value rounded to a grid, stored as integers of least ... most."""
         own = value._replace(grid=grid)
         scale, zero, axis = self._grid(own)
         name = self.node("QuantizeLinear", self.floats(value), scale, zero, **axis)
         own = own._replace(data=name)
         info = np.iinfo(grid.dtype)
-        return own if grid.limits == (info.min, info.max) else self.clipped(own, *grid.limits)
+        return own if (least, most) == (info.min, info.max) else self.clipped(own, least, most)
 
     def clipped(self, value: Value, low: int, high: int) -> Value:
         """Stored integers held within bounds."""

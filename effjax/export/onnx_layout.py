@@ -12,16 +12,20 @@ from effjax.jaxprs import Eqn
 
 
 def transpose(graph: Graph, eqn: Eqn, x: Value) -> Value:
+    """Axes in another order; nothing is written."""
     perm = eqn.params["permutation"]
     return x.moved({old: new for new, old in enumerate(perm)}, shape_of(eqn))
 
 
 def broadcast(graph: Graph, eqn: Eqn, x: Value, *lengths: Value) -> Value:
+    """Axes put in or repeated; nothing is written."""
     axes, shape = eqn.params["broadcast_dimensions"], shape_of(eqn)
     return x.moved({a: b for a, b in enumerate(axes) if x.shape[a] == shape[b]}, shape)
 
 
 def reshape(graph: Graph, eqn: Eqn, x: Value, *lengths: Value) -> Value:
+    """Another shape; written unless only axes of length 1 come and go. Integers stay integers where
+    the axis of their scales stays."""
     shape = shape_of(eqn)
     old = [a for a, n in enumerate(x.shape) if n != 1]
     new = [a for a, n in enumerate(shape) if n != 1]
@@ -45,11 +49,13 @@ def _kept(old: Sequence[Any], new: Sequence[Any], axis: int) -> int | None:
 
 
 def squeeze(graph: Graph, eqn: Eqn, x: Value) -> Value:
+    """Axes of length 1 taken out; nothing is written."""
     kept = [a for a in range(len(x.shape)) if a not in eqn.params["dimensions"]]
     return x.moved({a: i for i, a in enumerate(kept)}, shape_of(eqn))
 
 
 def stack(graph: Graph, eqn: Eqn, *values: Value) -> Value:
+    """Values joined along a new axis, as Concat."""
     axis, shape = eqn.params["axis"], shape_of(eqn)
     one = (*shape[:axis], 1, *shape[axis + 1 :])
     spread = [v.moved({a: a + (a >= axis) for a in range(len(v.shape))}, one) for v in values]
@@ -57,6 +63,7 @@ def stack(graph: Graph, eqn: Eqn, *values: Value) -> Value:
 
 
 def concatenate(graph: Graph, eqn: Eqn, *values: Value) -> Value:
+    """Values joined along an axis, as Concat."""
     return joined(graph, values, eqn.params["dimension"], shape_of(eqn))
 
 
@@ -76,6 +83,7 @@ def cut(graph: Graph, eqn: Eqn, x: Value) -> Value:
 
 
 def split(graph: Graph, eqn: Eqn, x: Value) -> list[Value]:
+    """Parts along an axis, as a Slice each."""
     axis, start = eqn.params["axis"], 0
     found = list[Value]()
     for out in eqn.outvars:
@@ -110,6 +118,7 @@ def piece(
 
 
 def pad(graph: Graph, eqn: Eqn, x: Value, value: Value) -> Value:
+    """A value put around, as Pad; an error for paddings that take away or go between elements."""
     config = eqn.params["padding_config"]
     if any(low < 0 or high < 0 or inner for low, high, inner in config):
         raise ExportError(
@@ -124,7 +133,7 @@ def pad(graph: Graph, eqn: Eqn, x: Value, value: Value) -> Value:
     return Value(name, order, shape_of(eqn))
 
 
-def rows(graph: Graph, eqn: Eqn, table: Value, indices: Value) -> Value:
+def gather(graph: Graph, eqn: Eqn, table: Value, indices: Value) -> Value:
     """`gather` of whole rows, as of an embedding, as Gather; of every so many elements along axes,
     as x[:, ::2, ::2] is written for batches of any size, as Slice. Integers stay integers."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
@@ -207,6 +216,7 @@ def reduction(op: str) -> Callable[..., Value]:
 
 
 def argmax(graph: Graph, eqn: Eqn, x: Value) -> Value:
+    """Where along an axis the largest or the smallest is, as ArgMax or ArgMin."""
     (axis,) = eqn.params["axes"]
     order = _whole(x)
     x = graph.full(x, order)

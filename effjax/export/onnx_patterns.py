@@ -193,13 +193,11 @@ def quantized(graph: Graph, x: Value, grid: Grid) -> Value:
         before = node.inputs[0]
         node = graph.producer(before)
     if not moves or grid.axis is not None:
-        found = graph.quantized(x, grid)
-    else:
-        name = str(graph.quantized(x._replace(data=before), grid).data)
-        for node in reversed(moves):
-            name = graph.node(node.op, name, *node.inputs[1:], **node.attributes)
-        found = x._replace(data=name, grid=grid)
-    return found if (least, most) == grid.limits else graph.clipped(found, least, most)
+        return graph.quantized(x, grid, least, most)
+    name = str(graph.quantized(x._replace(data=before), grid, least, most).data)
+    for node in reversed(moves):
+        name = graph.node(node.op, name, *node.inputs[1:], **node.attributes)
+    return x._replace(data=name, grid=grid)
 
 
 def unclamped(graph: Graph, x: Value, grid: Grid) -> tuple[Value, int, int]:

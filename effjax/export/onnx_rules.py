@@ -163,7 +163,7 @@ def _exp2(graph: Graph, eqn: Eqn, x: Value) -> Value:
 RULES: dict[str, Rule] = {
     CONV: convolution,
     DOT: product,
-    GATHER: onnx_layout.rows,
+    GATHER: onnx_layout.gather,
     "abs": _same("Abs"),
     "add": _add,
     "add_any": _add,
