@@ -17,7 +17,7 @@ four from run to run.
 
 Expected: on 2 cores with AMX and VNNI, for the CNN at batch 32, ONNX Runtime float32 1.5 times as
 fast as XLA float32, its own quantizer 3.4, our file 3.5, LiteRT 6 and OpenVINO 11.
-Cost: 2 minutes on 1 CPU core.
+Cost: 4 minutes of 1 CPU core.
 Command: taskset -c 1 python -m experiments bench.export
 """
 
@@ -40,7 +40,7 @@ from effjax.export import litert, onnx
 from effjax.export.marker import tapped
 from experiments.bench.integer import KINDS, RESULTS
 from experiments.harness.config import as_dict, check
-from experiments.harness.provenance import provenance, write_json
+from experiments.harness.provenance import cores, provenance, write_json
 
 ENGINES = ("onnx", "onnxruntime", "openvino", "ai-edge-litert", "litert-converter")
 LAYERS = ("stem", *(f"{k}{i}" for i in range(4) for k in ("depthwise", "pointwise")))
@@ -58,7 +58,7 @@ class Config:
 
     kinds: tuple[str, ...] = ("mlp", "cnn", "transformer", "depthwise")
     batches: tuple[int, ...] = (1, 32)
-    samples: int = 15
+    samples: int = 50
     save: bool = True
 
     def __post_init__(self) -> None:
@@ -167,11 +167,6 @@ def measure(kind: str, config: Config) -> list[dict[str, Any]]:
         shown = ", ".join(f"{name} {x:.2f}x" for name, x in row["times_faster"].items())
         print(f"{kind}, batch {size}: {1e3 * whole:.3g} ms; {shown}", flush=True)
     return rows
-
-
-def cores() -> int:
-    """Those that this process may use, which XLA uses too."""
-    return len(os.sched_getaffinity(0))
 
 
 def session(data: bytes, exact: bool = True) -> Callable[..., list[np.ndarray]]:

@@ -28,10 +28,17 @@ class Config:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Writes the page; benchmarks without a file are named, not passed over."""
-    parts, missing = ["# Benchmarks\n"], []
+    """Writes the page."""
+    text, missing = page(config.platform)
+    written = write_text(RESULTS / f"bench_{config.platform}.md", text)
+    return {"page": str(written), "missing": missing}
+
+
+def page(platform: str) -> tuple[str, list[str]]:
+    """The page, and the benchmarks without a file, which it names."""
+    parts, missing = ["# Benchmarks\n"], list[str]()
     for name, (title, grid) in PAGES.items():
-        path = RESULTS / f"bench_{name}_{config.platform}.json"
+        path = RESULTS / f"bench_{name}_{platform}.json"
         if not path.exists():
             missing.append(name)
             continue
@@ -40,8 +47,7 @@ def run(config: Config) -> dict[str, Any]:
         parts += [f"## {title}\n", f"{command}\n", grid(found).markdown(brief(found["provenance"]))]
     if missing:
         parts.append(f"Not measured on this platform: {', '.join(missing)}.\n")
-    written = write_text(RESULTS / f"bench_{config.platform}.md", "\n".join(parts))
-    return {"page": str(written), "missing": missing}
+    return "\n".join(parts), missing
 
 
 def times(value: float | None) -> str:

@@ -20,9 +20,10 @@ def provenance(config: Any = None) -> dict[str, Any]:
     """Commit, versions, hardware and date, as written beside every result.
 
     Returns:
-      {"commit": 40 hex digits with "-dirty" where tracked files were changed, or None outside a
-      checkout; "versions": {package: version}; "hardware": {"device", "platform", "devices",
-      "cpu", "cores"}; "date": ISO 8601 in UTC; "config_hash" where a config is given}.
+      {"commit": 40 hex digits with "-dirty" where tracked files other than results and figures
+      were changed, or None outside a checkout; "versions": {package: version}; "hardware":
+      {"device", "platform", "devices", "cpu", "cores"}; "date": ISO 8601 in UTC; "config_hash"
+      where a config is given}.
     """
     found: dict[str, Any] = {
         "commit": _commit(),
@@ -119,14 +120,19 @@ def _versions() -> dict[str, str]:
 def _hardware() -> dict[str, Any]:
     import jax
 
-    affinity = getattr(os, "sched_getaffinity", None)
     return {
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
         "devices": jax.device_count(),
         "cpu": _cpu_model(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "cores": cores(),
     }
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _cpu_model() -> str:

@@ -68,9 +68,9 @@ def _storage(url: str) -> Any:
     waits = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
     try:
         return storages.RDBStorage(url, engine_kwargs=waits)
-    except ImportError:
-        raise
-    except Exception:
+    except Exception as error:
+        if not _of_storage(error):
+            raise
         time.sleep(1)  # another worker may be making the tables at this moment
         return storages.RDBStorage(url, engine_kwargs=waits)
 

@@ -111,7 +111,11 @@ def batch():
 def made(mode):
     """A population, compiled once for all tests, its first hypers and a round's end."""
     hypers = pbt.draw(jax.random.key(7), PRIORS, K)
-    evolve = jax.jit(functools.partial(pbt.evolve, priors=PRIORS, fraction=0.4))
+
+    @jax.jit
+    def evolve(key, states, hypers, scores):
+        return pbt.evolve(key, states, hypers, scores, priors=PRIORS, fraction=0.4)
+
     return ej.population(build, hypers, mode), hypers, evolve
 
 
@@ -123,13 +127,14 @@ def rounds(mode, batch, count, start=None):
     if start is not None:
         at, states, hypers = start
     events = []
-    for number in range(at, count):
-        for _ in range(3):
-            states, _ = runs.step(states, batch, hypers=hypers)
-        scores = runs.evaluate(states, batch, hypers=hypers)["accuracy"].value
-        states, hypers, event = evolve(jax.random.fold_in(key, number), states, hypers, scores)
-        events.append(event)
-    assert evolve._cache_size() <= 1  # jax may drop entries, in a long process
+    with ej.testing.compilations("evolve") as compiled:
+        for number in range(at, count):
+            for _ in range(3):
+                states, _ = runs.step(states, batch, hypers=hypers)
+            scores = runs.evaluate(states, batch, hypers=hypers)["accuracy"].value
+            states, hypers, event = evolve(jax.random.fold_in(key, number), states, hypers, scores)
+            events.append(event)
+    assert len(compiled) <= 1
     return runs, states, hypers, events
 
 

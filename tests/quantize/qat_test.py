@@ -156,8 +156,10 @@ def test_from_16_bits_on_every_program_is_itself(name):
 
     grad, outputs = ours(params, jnp.int32(16))
     wanted_grad, wanted = jax.jit(jax.grad(objective, has_aux=True))(params)
-    # Not bit for bit: XLA fuses, and contracts to fused multiply-adds, what no select divides.
-    close(outputs, wanted)
+    # XLA folds transposes into the product, and fuses a loop's body or what follows a lookup,
+    # unless a select stands between: on some CPUs the last bit is another then.
+    apart = ("transposed operands", "rnn", "embedding")
+    (close if name in apart else equal)(outputs, wanted)
     close(grad, wanted_grad)
 
 
