@@ -8,7 +8,7 @@ import pytest
 
 import effjax as ej
 from effjax.core import Ctx, Vars
-from effjax.errors import ScheduleError, SelectorError
+from effjax.errors import ScheduleError, SelectorError, SetupError
 from effjax.prune.averages import ema
 from tests import nets
 
@@ -115,7 +115,7 @@ def test_a_population_over_decays():
 def test_what_is_refused():
     with pytest.raises(ScheduleError, match=r"1\.0"):
         ema(1.0)
-    with pytest.raises(SelectorError, match="int32"):
+    with pytest.raises(SetupError, match="int32"):
         ema(0.9).init(jax.random.key(0), {"table": jnp.zeros(3, jnp.int32)}, None)
     with pytest.raises(SelectorError, match="nowhere"):
         ema(0.9, select="nowhere").init(jax.random.key(0), {"w": jnp.zeros(3)}, None)
