@@ -135,10 +135,31 @@ def cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+# From the newest: what decides how fast products of small integers are, which a model's name may
+# not tell ("AMD EPYC").
+INSTRUCTIONS = {
+    "amx_int8": "AMX",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX-VNNI",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+    "asimddp": "dot products",
+}
+
+
 def _cpu_model() -> str:
+    """The processor's name and its widest instructions for integers."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor() or platform.machine()
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
+    return described(text) or platform.machine()
+
+
+def described(cpuinfo: str) -> str:
+    """What Linux's /proc/cpuinfo says of the first processor: "AMD EPYC with AVX2"."""
+    lines = (line.partition(":") for line in cpuinfo.splitlines())
+    found = {name.strip(): value.strip() for name, _, value in reversed(list(lines))}
+    flags = found.get("flags", found.get("Features", "")).split()
+    best = next((name for flag, name in INSTRUCTIONS.items() if flag in flags), "")
+    return " with ".join(part for part in (found.get("model name", ""), best) if part)

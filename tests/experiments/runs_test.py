@@ -11,7 +11,7 @@ import pytest
 
 from experiments.harness.config import as_dict, check, config_hash, difference
 from experiments.harness.errors import ConfigError, RunError
-from experiments.harness.provenance import provenance, write_json
+from experiments.harness.provenance import described, provenance, write_json
 from experiments.harness.runs import MetricsLog, open_run, read_metrics, run_id
 
 
@@ -159,6 +159,20 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1.5, "b": [1, 2]}
     assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize(
+    "flags, wanted",
+    [
+        ("fpu avx2 avx512f avx512_vnni", "EPYC with AVX-512 VNNI"),
+        ("fpu avx2", "EPYC with AVX2"),
+        ("fpu", "EPYC"),
+    ],
+)
+def test_a_processor_is_described_by_its_name_and_instructions(flags, wanted):
+    processors = "".join(f"processor\t: {i}\nmodel name\t: EPYC\nflags\t\t: {flags}\n\n" for i in "01")
+    assert described(processors) == wanted
+    assert described("") == ""
 
 
 def test_provenance_names_code_versions_and_hardware():
