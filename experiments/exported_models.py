@@ -1,8 +1,9 @@
 """Exported models: what four kinds of network classify in three engines, beside evaluation in JAX.
 
 An MLP, a residual CNN with BatchNorm, MobileNetV2's blocks (depthwise convolutions, ReLU6) and a
-vision transformer are trained briefly on Fashion-MNIST with 8-bit QAT and static ranges, frozen,
-and exported for ONNX Runtime, LiteRT and jax. Each file classifies all 10,000 test images. Written
+vision transformer are trained briefly on Fashion-MNIST with 8-bit QAT and static ranges (of
+activations from least to largest, as the engines have them), frozen, and exported for ONNX Runtime,
+LiteRT and jax. Each file classifies all 10,000 test images. Written
 down are the accuracy under QAT's evaluation, of the frozen function and of each file; how often the
 file predicts the frozen function's class; the share of the integers that are the same to one unit,
 of the layer that differs most; and bytes, beside those of the integers. Training is short: accuracy
@@ -105,7 +106,7 @@ def one(
 ) -> list[dict[str, Any]]:
     """One training, and a row for each format."""
     own = model(kind)
-    transform = ej.chain(quant=ej.quantize.qat(8, 8, ranges="static"))
+    transform = ej.chain(quant=ej.quantize.qat(8, 8, ranges="static", symmetric=False))
     tx = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
     batches = make_batches(images.train.as_dict(), config.batch, seed, **images.standard)
     state = ej.init_state(jax.random.key(seed), own, transform, tx, batches.example)

@@ -16,6 +16,7 @@ import numpy as np
 from effjax.core import PyTree
 from effjax.errors import ExportError
 from effjax.export.extras import need
+from effjax.export.litert_size import small
 from effjax.export.marker import is_marker, scope_of
 from effjax.jaxprs import Call, Eqn, Jaxpr, Remat, Ruled, is_literal, parts, rerun
 from effjax.select import leaves
@@ -99,7 +100,7 @@ def _converted(fn: Callable[..., PyTree], names: list[str], *avals: PyTree) -> b
         results = [path or "output" for path in leaves(outputs)]
         converter.set_signature(module.operation, "serving_default", names, results)
         converter.run_convert_to_tfl_passes(module, passes.PassManager(), options)
-        return converter.export_flatbuffer_to_bytes(module.operation)
+        return small(converter.export_flatbuffer_to_bytes(module.operation))
 
 
 def _refusals() -> tuple[type[Exception], ...]:

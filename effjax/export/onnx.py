@@ -6,7 +6,7 @@ is one operation in ONNX and several in JAX. Models in Linen, NNX and plain JAX 
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -44,6 +44,8 @@ INTEGER = (
     "QLinearLeakyRelu",
 )
 
+LAYERS = ("Conv", "Gemm", "MatMul")  # the nodes that are named, by where they stand in the model
+
 
 def to_onnx(fn: Callable[..., PyTree], *avals: PyTree) -> bytes:
     """The ONNX file of a function.
@@ -59,7 +61,7 @@ def to_onnx(fn: Callable[..., PyTree], *avals: PyTree) -> bytes:
 
     Returns:
       The file's bytes. Its inputs are named by the arguments' paths, or "input"; its outputs
-      "output", or by their paths.
+      "output", or by their paths; its layers by where they stand in the model.
 
     Raises:
       ExportError: an operation that ONNX does not have, or not in this form; or the package onnx is
@@ -192,7 +194,10 @@ def _written(
 
     nodes, arrays = graph.used([name for name, _ in outputs.values()])
     renamed = {name: out for out, (name, _) in outputs.items() if name in nodes}
-    written = [_node(helper, type_of, name, node, renamed) for name, node in nodes.items()]
+    names = _layer_names(nodes)
+    written = [
+        _node(helper, type_of, name, node, renamed, names.get(name)) for name, node in nodes.items()
+    ]
     for out, (name, _) in outputs.items():
         if renamed.get(name, name) != out:
             written.append(helper.make_node("Identity", [renamed.get(name, name)], [out]))
@@ -212,14 +217,30 @@ def _written(
     return model.SerializeToString()
 
 
+def _layer_names(nodes: Mapping[str, Node]) -> dict[str, str]:
+    """What the layers that multiply are called, by the tensors that they make."""
+    counts, found = Counter[str](), dict[str, str]()
+    for tensor, node in nodes.items():
+        if node.op in LAYERS and node.scope:
+            counts[node.scope] += 1
+            count = counts[node.scope]
+            found[tensor] = node.scope if count == 1 else f"{node.scope}#{count}"
+    return found
+
+
 def _node(
-    helper: Any, type_of: Callable[[Any], int], name: str, node: Node, renamed: dict[str, str]
+    helper: Any,
+    type_of: Callable[[Any], int],
+    tensor: str,
+    node: Node,
+    renamed: Mapping[str, str],
+    name: str | None,
 ) -> Any:
     attributes = dict(node.attributes)
     if node.op == "Cast":
         attributes["to"] = type_of(attributes["to"])
     inputs = [renamed.get(i, i) for i in node.inputs]
-    return helper.make_node(node.op, inputs, [renamed.get(name, name)], name=name, **attributes)
+    return helper.make_node(node.op, inputs, [renamed.get(tensor, tensor)], name=name, **attributes)
 
 
 def session(data: bytes, threads: int = 1, exact: bool = True, save: Path | None = None) -> Any:

@@ -24,7 +24,7 @@ class Graph:
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
         self.arrays: dict[str, np.ndarray] = {}
-        self.scope = ""  # where in the model; the prefix of names, and the layer in errors
+        self.scope = ""  # where in the model: the layer's name, in the file and in errors
         self.notes: dict[str, Any] = {}  # of tensors, for what is written as one with what follows
         self._known: dict[Any, str] = {}
 
@@ -32,21 +32,26 @@ class Graph:
         """The node that computes a tensor."""
         return self.nodes.get(name)
 
-    def node(self, op: str, *inputs: str, **attributes: Any) -> str:
-        """Writes an operation with one output, whose name is returned."""
+    def node(self, op: str, *inputs: str, scope: str | None = None, **attributes: Any) -> str:
+        """Writes an operation with one output, whose name is returned; `scope` is where it stands
+        in the model, if not here."""
         key = (op, inputs, repr(sorted(attributes.items())))
         if key not in self._known:
-            name = f"{self.scope}/{op}_{len(self.nodes)}".lstrip("/")
-            self.nodes[name] = Node(op, inputs, attributes, self.scope)
+            name = self._fresh()
+            self.nodes[name] = Node(op, inputs, attributes, self.scope if scope is None else scope)
             self._known[key] = name
         return self._known[key]
+
+    def _fresh(self) -> str:
+        """A tensor's name. Each stands in a file several times, so they are short."""
+        return f"#{len(self.nodes) + len(self.arrays):x}"
 
     def array(self, array: Any, owner: str = "") -> str:
         """Writes an array, whose name is returned; one with an owner is shared with no other's."""
         array = np.asarray(array, order="C")
         key = (array.dtype.name, array.shape, array.tobytes(), owner)
         if key not in self._known:
-            name = f"constant_{len(self.arrays)}"
+            name = self._fresh()
             self.arrays[name] = array
             self._known[key] = name
         return self._known[key]

@@ -35,13 +35,14 @@ def convolution(graph: Graph, eqn: Eqn, x: Value, kernel: Value) -> Value:
         "group": p["feature_group_count"],
         "kernel_shape": [kernel.shape[a] for a in numbers.rhs_spec[2:]],
     }
-    operands = graph.floats(x), graph.floats(kernel)
+    operands, scope = (graph.floats(x), graph.floats(kernel)), graph.scope
 
     def biased(bias: np.ndarray, rank: int) -> str | None:
         channels = _only(bias, rank, (1,), [shape[numbers.out_spec[1]]])
         if channels is None:
             return None
-        return graph.node("Conv", *operands, _bias(graph, channels, x, kernel), **options)
+        own = _bias(graph, channels, x, kernel)
+        return graph.node("Conv", *operands, own, scope=scope, **options)
 
     name = graph.node("Conv", *operands, **options)
     graph.notes[name] = biased
@@ -72,7 +73,7 @@ def product(graph: Graph, eqn: Eqn, lhs: Value, rhs: Value) -> Value:
     x = _matrix(graph, lhs, (*lhs_batch, *lhs_free, *lhs_sum), [*lead, *wanted_rows, inner])
     w = _matrix(graph, rhs, (*rhs_batch, *rhs_sum, *rhs_free), [*lead, inner, size(columns)])
     out = [*lead, *wanted_rows, size(columns)]
-    operands = graph.floats(x), graph.floats(w)
+    operands, scope = (graph.floats(x), graph.floats(w)), graph.scope
 
     def finished(name: str) -> str:
         stored = Value(name, tuple(range(len(out))), tuple(out))
@@ -83,7 +84,7 @@ def product(graph: Graph, eqn: Eqn, lhs: Value, rhs: Value) -> Value:
         channels = _only(bias, rank, own, columns)
         if channels is None:
             return None
-        return finished(graph.node("Gemm", *operands, _bias(graph, channels, x, w)))
+        return finished(graph.node("Gemm", *operands, _bias(graph, channels, x, w), scope=scope))
 
     name = finished(graph.node("Gemm" if gemm else "MatMul", *operands))
     if gemm:

@@ -44,9 +44,9 @@ def freeze(
     training had 0 ... 127 of them; others are -128 ... 127, where training had -127.
 
     An engine needs a grid for each result as well. One that meets a site's input alone has that
-    grid. Others (before pooling or a sum) get 8 bits and the range seen in the batches, or share
-    the grid of a site's input that they are as well; so do sums, where they go on to sites. The
-    rest, LayerNorm, softmax and the like, stays in floating point.
+    grid. Others (before pooling or a sum) get 256 steps from the least to the largest value seen in
+    the batches, or share the grid of a site's input that they are as well; so do sums, where they
+    go on to sites. The rest, LayerNorm, softmax and the like, stays in floating point.
 
     What that changes is measured: `Frozen.distance` compares with evaluation under the transform.
 
@@ -289,11 +289,11 @@ def _covers(own: Quantizer, low: float, high: float) -> bool:
 
 
 def _fitted(name: str, low: float, high: float, positive: bool) -> Quantizer:
-    """8 bits between the ends that were seen: 0 ... 255, or -128 ... 127."""
-    steps = 255 if positive else 127
-    reach = max(high, 0.0) if positive else max(high, -low)
-    scale = np.float32(reach / steps) if reach > 0 else np.float32(1.0)
-    return Quantizer(name, np.asarray(scale), 0 if positive else -128, steps)
+    """8 bits between the ends that were seen, and zero: 0 ... 255 of what is never negative."""
+    low, high = 0.0 if positive else min(low, 0.0), max(high, 0.0)
+    scale = np.float32((high - low) / 255) if high > low else np.float32(1.0)
+    first = round(low / float(scale))
+    return Quantizer(name, np.asarray(scale), first, first + 255)
 
 
 def _read(evaluated: Any, params: PyTree, model_state: PyTree, batch: PyTree) -> list[str]:

@@ -162,7 +162,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, wanted",
+    ("flags", "wanted"),
     [
         ("fpu avx2 avx512f avx512_vnni", "EPYC with AVX-512 VNNI"),
         ("fpu avx2", "EPYC with AVX2"),
@@ -170,7 +170,9 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     ],
 )
 def test_a_processor_is_described_by_its_name_and_instructions(flags, wanted):
-    processors = "".join(f"processor\t: {i}\nmodel name\t: EPYC\nflags\t\t: {flags}\n\n" for i in "01")
+    processors = "".join(
+        f"processor\t: {i}\nmodel name\t: EPYC\nflags\t\t: {flags}\n\n" for i in "01"
+    )
     assert described(processors) == wanted
     assert described("") == ""
 

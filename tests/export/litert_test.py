@@ -1,6 +1,7 @@
 """LiteRT: layers on int8 with the scales of training, or an error that names what is not there."""
 
 import functools
+import importlib
 import sys
 
 import jax
@@ -61,6 +62,17 @@ def test_weights_are_stored_as_integers():
     weights = 9 * (3 * 64 + 64 * 64 + 64 * 128 + 128 * 128) + 128 * 10
     assert len(data) < 1.1 * (weights + 4 * (2 * 64 + 2 * 128 + 10))
     assert kernels(data)["QUANTIZE float32"] == 1
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_buffers_are_where_they_are_read_in_place(kind):
+    schema = importlib.import_module("litert_converter.schema_py_generated")
+    file = schema.Model.GetRootAs(exported(kind)[1], 0)
+    buffers = [file.Buffers(i) for i in range(file.BuffersLength())]
+    data = [b._tab.Vector(b._tab.Offset(4)) for b in buffers if b.DataLength()]
+    assert data
+    assert all(start % 16 == 0 for start in data)
+    assert [b.DataLength() > 0 for b in buffers] == [False, *[True] * len(data)]
 
 
 def test_weights_of_few_bits_are_packed():

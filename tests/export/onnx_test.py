@@ -17,7 +17,9 @@ import effjax as ej
 from effjax.errors import ExportError
 from effjax.export.marker import tapped
 from effjax.export.onnx import INTEGER, integer_kernels, kernels, run, to_onnx
+from effjax.export.verify import function, shapes
 from effjax.quantize.marker import Quantizer, fake_quant
+from tests import nets
 from tests.export.frozen_programs import PROGRAMS, SIGNED, UNSIGNED, Layers, images
 
 onnx = pytest.importorskip("onnx")
@@ -107,6 +109,18 @@ def test_what_is_stored():
     assert sum(sizes["int8"]) == 20 * 256 + 256 * 256 + 256 * 10 + 522  # weights, their zero points
     assert sum(sizes["int32"]) == 522
     assert sizes["uint8"] == [1, 1]  # the zero points 128, of the input, and 0, after a ReLU
+
+
+def test_layers_are_named_by_where_they_stand():
+    model = nets.linen()
+    params, state = model.init(jax.random.key(0), nets.BATCH)
+    small = ej.quantize.ptq(model, params, state, [nets.BATCH])
+    frozen = ej.quantize.freeze(model.apply, small.transform, small.state, [nets.BATCH])
+    graph = onnx.load_from_string(to_onnx(function(frozen), shapes(frozen, None))).graph
+    named = {node.name.partition("/")[2]: node.op_type for node in graph.node if node.name}
+    assert named == {"conv1": "Conv", "conv2": "Conv", "head": "Gemm"}
+    tensors = {x for node in graph.node for x in node.output} - {"output"}
+    assert max(len(x) for x in tensors) <= 4
 
 
 def test_biases_are_integers_on_the_grid_of_the_sums():

@@ -6,7 +6,7 @@ import pytest
 
 import effjax as ej
 from effjax.errors import ExportError
-from effjax.export.verify import Bound, deploy
+from effjax.export.verify import FORMATS, Bound, deploy
 from tests import nets
 
 pytest.importorskip("onnxruntime")
@@ -63,7 +63,8 @@ def test_a_file_whose_quantizers_vanished_is_not_written(frozen, tmp_path):
 def test_places_and_formats_that_cannot_be(frozen, tmp_path):
     refused(frozen, tmp_path / "m.pt", r"suffix '\.pt'.*onnx.*tflite.*stablehlo")
     (tmp_path / "file").write_text("kept")
-    refused(frozen, tmp_path / "file" / "m.onnx", r"cannot be written.*Nothing was left")
+    for suffix in FORMATS:
+        refused(frozen, tmp_path / "file" / f"m{suffix}", r"cannot be written.*Nothing was left")
     assert (tmp_path / "file").read_text() == "kept"
     refused(frozen, tmp_path / "m.onnx", r"24 rows, which are no batch of 32", batch=32)
 

@@ -106,8 +106,9 @@ def test_outputs_are_rounded_where_asked():
     )
     assert "kernel:output" not in float_.quantizers
     y = np.asarray(float_.apply(float_.weights, BATCH))
-    s = np.float32(np.abs(y).max() / 127)
-    want = np.round(y / s) * s
+    s = np.float32((y.max() - y.min()) / 255)
+    first = round(float(y.min() / s))
+    want = np.clip(np.round(y / s), first, first + 255) * s
     np.testing.assert_allclose(rounded.apply(rounded.weights, BATCH), want, atol=1e-6)
 
 

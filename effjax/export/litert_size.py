@@ -1,0 +1,49 @@
+"""Less around the integers of a .tflite file, which is a flatbuffer: tables that share vectors."""
+
+import numpy as np
+
+from effjax.export.extras import need
+
+
+def small(data: bytes) -> bytes:
+    """The file without what the interpreter does not read: names of the tensors between layers
+    (lists of scopes, up to a hundred bytes each), remarks of the converter, empty tables and
+    buffers, and all but one of equal vectors."""
+    flatbuffers = need("flatbuffers", "litert")
+    schema = need("litert_converter.schema_py_generated", "litert")
+    model = schema.ModelT.InitFromPackedBuf(data, 0)
+    (graph,) = model.subgraphs
+    ends = {*graph.inputs, *graph.outputs}
+    remarks = {entry.buffer for entry in model.metadata or ()}
+    model.metadata = model.description = None
+    held = [
+        i
+        for i, buffer in enumerate(model.buffers)
+        if i == 0 or (buffer.data is not None and i not in remarks)
+    ]
+    places = {old: new for new, old in enumerate(held)}
+    for i, tensor in enumerate(graph.tensors):
+        tensor.buffer = places.get(tensor.buffer, 0)
+        tensor.name = tensor.name if i in ends else None
+        if tensor.quantization is not None and tensor.quantization.scale is None:
+            tensor.quantization = None
+    model.buffers = [model.buffers[i] for i in held]
+
+    class Sharing(flatbuffers.Builder):
+        """Writes a vector once."""
+
+        def __init__(self, size: int) -> None:
+            super().__init__(size)
+            self.known: dict[tuple[str, bytes], int] = {}
+
+        def CreateNumpyVector(self, x: np.ndarray) -> int:
+            key = x.dtype.str, x.tobytes()
+            if key not in self.known:
+                if x.dtype == np.uint8:
+                    self.Prep(16, x.size)  # buffers are read in place, as vectors of any type
+                self.known[key] = super().CreateNumpyVector(x)
+            return self.known[key]
+
+    builder = Sharing(len(data))
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
