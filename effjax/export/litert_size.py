@@ -1,5 +1,7 @@
 """Less around the integers of a .tflite file, which is a flatbuffer: tables that share vectors."""
 
+from typing import Any
+
 import numpy as np
 
 from effjax.export.extras import need
@@ -28,10 +30,15 @@ def small(data: bytes) -> bytes:
         if tensor.quantization is not None and tensor.quantization.scale is None:
             tensor.quantization = None
     model.buffers = [model.buffers[i] for i in held]
+    builder = _sharing(flatbuffers.Builder)(len(data))
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
 
-    class Sharing(flatbuffers.Builder):
-        """Writes a vector once."""
 
+def _sharing(base: Any) -> Any:
+    """flatbuffers' Builder, which writes equal vectors once."""
+
+    class Builder(base):
         def __init__(self, size: int) -> None:
             super().__init__(size)
             self.known: dict[tuple[str, bytes], int] = {}
@@ -44,6 +51,4 @@ def small(data: bytes) -> bytes:
                 self.known[key] = super().CreateNumpyVector(x)
             return self.known[key]
 
-    builder = Sharing(len(data))
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+    return Builder

@@ -7,7 +7,8 @@ transposing, inserting and repeating axes write nothing, and what does not care 
 axes follows the order there is.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,19 @@ class Graph:
         """The node that computes a tensor."""
         return self.nodes.get(name)
 
-    def node(self, op: str, *inputs: str, scope: str | None = None, **attributes: Any) -> str:
-        """Writes an operation with one output, whose name is returned; `scope` is where it stands
-        in the model, if not here."""
+    @contextlib.contextmanager
+    def at(self, scope: str) -> Iterator[None]:
+        """What is written inside stands at another place in the model."""
+        self.scope, here = scope, self.scope
+        yield
+        self.scope = here
+
+    def node(self, op: str, *inputs: str, **attributes: Any) -> str:
+        """Writes an operation with one output, whose name is returned."""
         key = (op, inputs, repr(sorted(attributes.items())))
         if key not in self._known:
             name = self._fresh()
-            self.nodes[name] = Node(op, inputs, attributes, self.scope if scope is None else scope)
+            self.nodes[name] = Node(op, inputs, attributes, self.scope)
             self._known[key] = name
         return self._known[key]
 

@@ -41,8 +41,8 @@ def convolution(graph: Graph, eqn: Eqn, x: Value, kernel: Value) -> Value:
         channels = _only(bias, rank, (1,), [shape[numbers.out_spec[1]]])
         if channels is None:
             return None
-        own = _bias(graph, channels, x, kernel)
-        return graph.node("Conv", *operands, own, scope=scope, **options)
+        with graph.at(scope):
+            return graph.node("Conv", *operands, _bias(graph, channels, x, kernel), **options)
 
     name = graph.node("Conv", *operands, **options)
     graph.notes[name] = biased
@@ -84,7 +84,8 @@ def product(graph: Graph, eqn: Eqn, lhs: Value, rhs: Value) -> Value:
         channels = _only(bias, rank, own, columns)
         if channels is None:
             return None
-        return finished(graph.node("Gemm", *operands, _bias(graph, channels, x, w), scope=scope))
+        with graph.at(scope):
+            return finished(graph.node("Gemm", *operands, _bias(graph, channels, x, w)))
 
     name = finished(graph.node("Gemm" if gemm else "MatMul", *operands))
     if gemm:

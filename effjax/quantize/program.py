@@ -494,13 +494,14 @@ def _dense(x: Array, w: Array, eqn: jaxprs.Eqn, site: Site) -> Array:
     if len(summed) != 1:
         x = x.reshape(*x.shape[: len(free)], w.shape[0])
     dims = (((x.ndim - 1,), (0,)), ((), ()))
-    return lax.dot_general(
-        x,
-        w,
-        dims,
-        precision=eqn.params["precision"],
-        preferred_element_type=jnp.float32,
-    )
+    with jax.named_scope(str(eqn.source_info.name_stack) or site.path):  # as a convolution keeps it
+        return lax.dot_general(
+            x,
+            w,
+            dims,
+            precision=eqn.params["precision"],
+            preferred_element_type=jnp.float32,
+        )
 
 
 def _shaped(out: Array, own: Pending, site: Site) -> Array:
