@@ -4,7 +4,8 @@ Four kinds, trained with `qat` at 8 bits with static ranges and calibrated on on
 CNN with BatchNorm, a transformer block (its projections; then also attention's products), and a
 depthwise-separable CNN. For each and each batch: milliseconds of the float32 model, of the integer
 one, and of evaluation under `qat`, which rounds floats; how many times faster integers are; how far
-the outputs are from those under `qat`, in units of an 8-bit grid over them; and bytes.
+the outputs are from those under `qat`, in units of an 8-bit grid over them; and bytes. And how much
+faster XLA's own product of matrices is in int8, which bounds the MLP and the transformer.
 
 Convolutions are timed in the ways XLA can be asked for them: "integer" is what `integer` does on
 CPU, where convolutions of few channels are matrix products of patches and depthwise ones sums of
@@ -12,12 +13,11 @@ shifted products; "XLA int8" has the int8 convolutions themselves; "float" has g
 on rounded floats. XLA's depthwise int8 convolution is slower than its float one, which is why one
 would leave it in float; the shifted products are faster than both, because they are one fused loop.
 
-Expected: what int8 gives depends on the processor. On 2 cores with AVX-512 VNNI and without AMX,
-where XLA's int8 matrix product is itself 1.3 to 1.8 times as fast as its float32 one, which bounds
-the rest: 1.1 to 1.4 times for the MLP, 1.0 to 1.5 for the CNN, 1.2 to 1.5 for the transformer and
-4 to 12 for the depthwise CNN. The times vary from run to run where other programs run, too.
-Cost: 1 minute on 2 CPU cores.
-Command: python -m experiments bench.integer
+Expected: what int8 gives depends on the processor. On a core with AVX-512 VNNI and without AMX,
+where XLA's int8 product takes 1.0 to 1.7 times less than its float32 one: 1.0 to 1.5 times for the
+MLP, 1.3 to 2.2 for the CNN, 1.4 to 1.7 for the transformer and 5 to 8 for the depthwise CNN.
+Cost: 2 minutes of one CPU core.
+Command: taskset -c 1 python -m experiments bench.integer
 """
 
 import dataclasses
@@ -110,6 +110,7 @@ KINDS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]] = {
     "attention": (Block, (64, 256), {"products": True}),
     "depthwise": (Depthwise, (32, 32, 3), {}),
 }
+SUMS = {"int8": jnp.int32, "float32": jnp.float32}
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "cnn": {"XLA int8": {"backend": "tpu"}},
     "depthwise": {"XLA int8": {"backend": "tpu"}, "float": {"grouped": "float"}},
@@ -122,6 +123,7 @@ def run(config: Config) -> dict[str, Any]:
     result = {
         "config": as_dict(config),
         "rows": rows,
+        "products": products(config),
         "asked": ASKED,
         "load": os.getloadavg(),
         "provenance": provenance(config),
@@ -129,6 +131,27 @@ def run(config: Config) -> dict[str, Any]:
     if config.save:
         write_json(RESULTS / f"bench_integer_{jax.default_backend()}.json", result)
     return result
+
+
+def products(config: Config) -> list[dict[str, float]]:
+    """How many times as fast XLA multiplies [batch, 1024] by [1024, 1024] in int8 as in float32: of
+    programs that are such products and little more, the bound. One row is padded to two, which is
+    faster in int8."""
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.integers(-127, 128, (1024, 1024)), jnp.int8)
+    dot = jax.jit(lambda x, w: jax.lax.dot(x, w, preferred_element_type=SUMS[x.dtype.name]))
+    rows = []
+    for size in config.batches:
+        x = jnp.asarray(rng.integers(-127, 128, (max(size, 2), 1024)), jnp.int8)
+        calls = {
+            "int8": functools.partial(dot, x, w),
+            "float32": functools.partial(dot, x[:size].astype(jnp.float32), w.astype(jnp.float32)),
+        }
+        found = ej.latency(calls, batch_size=size, samples=config.samples)
+        ms = {name: 1e3 * time.median for name, time in found.items()}
+        rows.append({"batch": size, "times_faster": ms["float32"] / ms["int8"], **ms})
+        print(f"product, batch {size}: {rows[-1]['times_faster']:.2f}x", flush=True)
+    return rows
 
 
 def measure(kind: str, config: Config) -> list[dict[str, Any]]:

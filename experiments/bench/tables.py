@@ -84,10 +84,14 @@ def integer(found: Mapping[str, Any]) -> Grid:
         "its convolutions XLA's",
         "its depthwise in float",
     )
+    bounds = ", ".join(
+        f"{times(row['times_faster'])} at batch {row['batch']}" for row in found["products"]
+    )
     return Grid(
         ["network", "float32", *titles, "bytes"],
         rows,
-        caption="Times as fast as float32; bytes of the integer program over float32's.",
+        caption="Times as fast as float32; bytes of the integer program over float32's. XLA's own "
+        f"product with a matrix of 1024 x 1024, in int8 as in float32: {bounds}.",
     )
 
 
