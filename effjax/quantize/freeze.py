@@ -277,7 +277,7 @@ def _ranges(
                 count = names.get(point.name, 0)
                 names[point.name] = count + 1
                 name = f"{point.name}#{count}" if count else point.name
-                own = _fitted(name, low, high, point.positive)
+                own = _fitted(name, low, high)
         assert own is not None
         found[number] = own
     return found
@@ -288,9 +288,9 @@ def _covers(own: Quantizer, low: float, high: float) -> bool:
     return low >= COVERED * s * own.low and high <= COVERED * s * own.high
 
 
-def _fitted(name: str, low: float, high: float, positive: bool) -> Quantizer:
-    """8 bits between the ends that were seen, and zero: 0 ... 255 of what is never negative."""
-    low, high = 0.0 if positive else min(low, 0.0), max(high, 0.0)
+def _fitted(name: str, low: float, high: float) -> Quantizer:
+    """8 bits between the ends that were seen, and zero: 0 ... 255 of what was never negative."""
+    low, high = min(low, 0.0), max(high, 0.0)
     scale = np.float32((high - low) / 255) if high > low else np.float32(1.0)
     first = round(low / float(scale))
     return Quantizer(name, np.asarray(scale), first, first + 255)

@@ -20,14 +20,12 @@ class Made:
     kind: SITE (a dense layer, a convolution or a product, with what was added and a ReLU), SUM of
       two values, POOL, or OTHER.
     name: of the site, or "sum", "sum#1", ....
-    positive: whether it is never negative.
     sites: the quantizers of the site inputs that it is.
     uses: what else reads it: "relu", SUM, POOL, OTHER, "output".
     """
 
     kind: str
     name: str
-    positive: bool
     sites: list[Quantizer] = field(default_factory=list)
     uses: set[str] = field(default_factory=set)
 
@@ -37,12 +35,10 @@ class Point(NamedTuple):
 
     shared: the quantizer of a site's input that all its uses may share, if one can.
     name: of the quantizer that it gets where that does not cover it, or "" for none.
-    positive: whether its range is 0 ... 255.
     """
 
     shared: Quantizer | None
     name: str
-    positive: bool
 
 
 def points(made: Mapping[int, Made], outputs: bool) -> dict[int, Point]:
@@ -60,16 +56,16 @@ def points(made: Mapping[int, Made], outputs: bool) -> dict[int, Point]:
         if not others:
             # Sites alone: one quantizer where they agree, else each has its own.
             if one is not None and "output" not in value.uses:
-                found[number] = Point(one, "", value.positive)
+                found[number] = Point(one, "")
             continue
         if others == {"relu"} and not value.sites and "output" not in value.uses:
             continue  # the ReLU's result is rounded
         wide = one if one is not None and one.bits == 8 and "output" not in value.uses else None
         own = f"{value.name}:output"
         if value.kind == SITE or (value.kind == SUM and (wide or _only_pooled(others))):
-            found[number] = Point(wide, own, value.positive)
+            found[number] = Point(wide, own)
         elif value.kind == POOL and "output" in others:
-            found[number] = Point(None, own, value.positive)
+            found[number] = Point(None, own)
     return found
 
 

@@ -107,7 +107,7 @@ class Program:
     def make(self, array: Array, kind: str, name: str, positive: bool) -> Data:
         """A new value, rounded where that was decided."""
         number = len(self.made)
-        self.made[number] = Made(kind, name, positive)
+        self.made[number] = Made(kind, name)
         self.arrays[number] = array
         own = self.rounding.get(number)
         if own is None:

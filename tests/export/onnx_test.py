@@ -114,11 +114,13 @@ def test_what_is_stored():
 def test_layers_are_named_by_where_they_stand():
     model = nets.linen()
     params, state = model.init(jax.random.key(0), nets.BATCH)
+    params = jax.tree.map(lambda x: x + 0.1, params)  # biases that are not zero
     small = ej.quantize.ptq(model, params, state, [nets.BATCH])
     frozen = ej.quantize.freeze(model.apply, small.transform, small.state, [nets.BATCH])
     graph = onnx.load_from_string(to_onnx(function(frozen), shapes(frozen, None))).graph
     named = {node.name.partition("/")[2]: node.op_type for node in graph.node if node.name}
     assert named == {"conv1": "Conv", "conv2": "Conv", "head": "Gemm"}
+    assert all(len(node.input) == 3 for node in graph.node if node.name)
     tensors = {x for node in graph.node for x in node.output} - {"output"}
     assert max(len(x) for x in tensors) <= 4
 

@@ -1,5 +1,6 @@
 """AWQ: by hand, against qwix and a search, exact in floating point, never worse, what it gains."""
 
+import importlib
 import itertools
 import warnings
 from types import SimpleNamespace
@@ -155,6 +156,21 @@ def test_clipping_by_hand():
     np.testing.assert_allclose(after["b"]["kernel"], jnp.minimum(kernel, jnp.array([0.7, 1.0])))
     after, _ = awq(apply, params, {}, [jnp.eye(4)], per_channel=False, **own)
     np.testing.assert_allclose(after["b"]["kernel"], jnp.minimum(kernel, 0.85))
+
+
+@pytest.mark.parametrize(("groups", "inputs"), [(1, 6), (3, 4)])
+def test_clipping_sees_the_inputs_as_they_are_scaled(groups, inputs):
+    divided = importlib.import_module("effjax.quantize.awq")._divided
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, groups, inputs))
+    s = rng.uniform(1, 3, 3)  # of a vector's channels, repeated; of groups, one each
+    scaled = x / (s[:, None] if groups > 1 else np.tile(s, 2))
+
+    def moments(x):
+        return np.einsum("ngi,ngj->gij", x, x)
+
+    found = divided(jnp.asarray(moments(x)), jnp.asarray(s))
+    np.testing.assert_allclose(found, moments(scaled), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
