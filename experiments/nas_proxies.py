@@ -123,6 +123,11 @@ class Config:
         return {suffix: names for suffix, names in found.items() if names}
 
 
+def stem(depth: int) -> str:
+    """The results' name: those of networks of other depths lie beside the experiment's."""
+    return NAME if depth == 1 else f"{NAME}_depth{depth}"
+
+
 def shrunk(images: np.ndarray, pixels: int) -> np.ndarray:
     """Means over squares of pixels: float [n, pixels, pixels, channels].
 
@@ -196,7 +201,7 @@ class Bench:
 
     def __init__(self, config: Config):
         self.config = config
-        self.here = open_run(NAME, config)
+        self.here = open_run(stem(config.depth), config)
         self.table = load_table("cifar10")
         rng = np.random.default_rng([config.seed, 0xCE115])
         self.rows = rng.choice(len(self.table.genes), config.cells, replace=False)
@@ -322,7 +327,7 @@ def tables(results: dict[str, Any]) -> dict[str, Table]:
         "bootstrap over cells"
     )
     caption += "; last column, mean ± standard deviation over seeds." if several else ", one seed."
-    return {NAME: summarise(wide, columns, heading="proxy", caption=caption)}
+    return {stem(config["depth"]): summarise(wide, columns, heading="proxy", caption=caption)}
 
 
 def figures(results: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ steps and workers, in every domain they tried (for example +1% on machine transl
 of the hyper-parameters that fall as training goes on.
 
 Command: python -m experiments pbt
-Cost: 6 minutes on 2 CPU cores (an estimate).
+Cost: 4 minutes on 2 CPU cores.
 
 Paper: Jaderberg et al., "Population based training of neural networks", 2017,
   https://arxiv.org/abs/1711.09846.
