@@ -236,5 +236,6 @@ class Layout:
 
 
 def shape_of(eqn: jaxprs.Eqn) -> tuple[int, ...]:
+    """Of the first output."""
     out: Any = eqn.outvars[0]
     return tuple(out.aval.shape)

@@ -142,6 +142,7 @@ def _lsq_fit(signed: Signs):
 
 
 def is_signed(seen: Values, signed: Signs) -> Array:
+    """Whether a grid has negative integers: as was said, or where "auto" as values were seen."""
     return seen["low"] > 0 if signed == "auto" else jnp.full(seen["low"].shape, bool(signed))
 
 
