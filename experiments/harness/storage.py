@@ -18,8 +18,8 @@ def open_study(
     """The study of a search: made, or found again to go on.
 
     Args:
-      url: "sqlite:///trials.db", "postgresql://user:password@host/base", "mysql://..."; or a
-        file's path ending in .log, for optuna's journal, where a file system has no locks.
+      url: "sqlite:///trials.db", "postgresql+psycopg://user:password@host/base", ...; or a file's
+        path ending in .log, for optuna's journal, where a file system has no locks.
       name: of the study.
       record: what the search is, as JSON; kept in the study.
       directions: "maximize" or "minimize", for each objective.

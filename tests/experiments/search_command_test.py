@@ -2,15 +2,19 @@
 
 import csv
 import dataclasses
+import gc
+import os
 import random
 import signal
 import sys
 import time
+import uuid
 from collections import Counter
 from types import SimpleNamespace
 
 import optuna
 import pytest
+import sqlalchemy
 
 from effjax.errors import SetupError
 from effjax.nas import Choice, Integer, Space
@@ -26,13 +30,37 @@ WORKER = [sys.executable, str(killing.ROOT / "tests" / "experiments" / "searchin
 SPACE = Space({"a": Integer(0, 9), "b": Choice(("x", "y"))})
 
 
+SERVER = os.environ.get("EFFJAX_TEST_SERVER", "")  # postgresql://... or mysql://..., no database
+SERVED = pytest.param(
+    "server",
+    marks=[
+        pytest.mark.skipif(not SERVER, reason="no database server"),
+        # optuna's connections are closed when they are collected.
+        pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    ],
+)
+
+
+def storage_of(kind, tmp_path):
+    """The URL of an empty storage."""
+    if kind == "server":
+        name = f"effjax_{uuid.uuid4().hex}"
+        address = sqlalchemy.make_url(SERVER)
+        maker = sqlalchemy.create_engine(address, isolation_level="AUTOCOMMIT")
+        with maker.connect() as connection:
+            connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
+        maker.dispose()
+        return address.set(database=name).render_as_string(hide_password=False)
+    return f"sqlite:///{tmp_path / 't.db'}" if kind == "sqlite" else f"{tmp_path}/t.log"
+
+
 @pytest.fixture
 def url(request, tmp_path):
-    sqlite = getattr(request, "param", "journal") == "sqlite"
-    return f"sqlite:///{tmp_path / 't.db'}" if sqlite else f"{tmp_path}/t.log"
+    yield storage_of(getattr(request, "param", "journal"), tmp_path)
+    gc.collect()
 
 
-both = pytest.mark.parametrize("url", ["sqlite", "journal"], indirect=True)
+every = pytest.mark.parametrize("url", ["sqlite", "journal", SERVED], indirect=True)
 
 
 def opened(url, record=None, seed=0):
@@ -52,7 +80,7 @@ def complete(results):
     return [trial for trial in results if trial.state.name == "COMPLETE"]
 
 
-@both
+@every
 def test_the_search_has_so_many_trials_and_more_where_more_are_asked_for(url):
     worker(url).work(value)
     found = worker(url).results()
@@ -63,7 +91,7 @@ def test_the_search_has_so_many_trials_and_more_where_more_are_asked_for(url):
     assert [t.number for t in worker(url, trials=5).results()] == [0, 1, 2, 3, 4]
 
 
-@both
+@every
 def test_a_dead_workers_trial_is_tried_again_with_its_values(url):
     lost = opened(url).ask()
     lost.suggest_int("a", 0, 9)
@@ -101,7 +129,7 @@ def test_of_two_retries_of_one_trial_the_earlier_counts(url):
     assert second.study.get_trials()[later.number].user_attrs["void"]
 
 
-@both
+@every
 def test_a_worker_that_was_halted_for_too_long_does_not_tell(url, capsys):
     slow, quick = worker(url, trials=1), worker(url, trials=1)
     trial = slow._ask()
@@ -303,7 +331,7 @@ def test_four_workers_of_which_one_is_killed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("storage", ["sqlite", "journal"])
+@pytest.mark.parametrize("storage", ["sqlite", "journal", SERVED])
 def test_four_workers_of_which_many_are_killed(tmp_path, storage):
-    given = [] if storage == "sqlite" else ["--storage", str(tmp_path / "trials.log")]
+    given = [] if storage == "sqlite" else ["--storage", storage_of(storage, tmp_path)]
     _killed(tmp_path, given, 60, 0.5, 8, random.Random(1))
