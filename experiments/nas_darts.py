@@ -8,12 +8,13 @@ which has 39.77%, in every run; DARTS-, an additional skip connection that fades
 search, at 91.03 ± 0.44%. The best cell of the table has 91.61%.
 
 Reduced: 1 cell a stage in place of 5, 8 channels in place of 16, images of 16 x 16 (means of 2 x 2
-pixels), 400 steps of 32 + 32 images in place of 20,000 of 64 + 64; logits learn faster to make
-up for that (Adam, 1e-2 in place of 3e-4). BatchNorm in the cells has no scale and shift, as
-published. Both arms are one compiled program.
+pixels), 3,000 steps of 32 + 32 images in place of 20,000 of 64 + 64; logits learn faster to make
+up for that (Adam, 1e-3 in place of 3e-4). BatchNorm in the cells has no scale and shift, as
+published. Both arms are one compiled program. Shorter searches whose logits learn at 1e-2 are over
+before they collapse (400 steps: 89.0 ± 1.3%).
 
 Command: python -m experiments nas_darts
-Cost: not measured yet.
+Cost: 35 minutes of one CPU core.
 
 Papers: Liu et al. 2019, https://arxiv.org/abs/1806.09055; Dong and Yang 2020,
 https://arxiv.org/abs/2001.00326; Chu et al. 2021, https://arxiv.org/abs/2009.01027.
@@ -76,15 +77,15 @@ class Config:
 
     seeds: int = 3
     seed: int = 0
-    steps: int = 400
-    every: int = 10
+    steps: int = 3_000
+    every: int = 50
     batch: int = 32
     images: int = 20_000
     width: int = 8
     depth: int = 1
     pixels: int = 16
     learning_rate: float = 0.025
-    logit_rate: float = 1e-2
+    logit_rate: float = 1e-3
     dataset: str = "cifar10"
     save: bool = True
 
