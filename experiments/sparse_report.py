@@ -104,10 +104,18 @@ def error_curves(
     )
 
 
+class Band(NamedTuple):
+    """A line and how far its band reaches on either side, each [n]."""
+
+    mean: Any
+    reach: Any
+
+
 class Panel(NamedTuple):
     """One set of axes: means over seeds as lines, standard deviations as bars.
 
-    series: {name: (places [n], values [seeds, n])}; one name has one colour in all panels.
+    series: {name: (places [n], values [seeds, n] or a Band)}; one name has one colour in all
+      panels.
     x, y: the axes' labels.
     title: above the axes.
     ticks: {place: label} of the horizontal axis.
@@ -164,7 +172,8 @@ def _draw(axes: Any, panel: Panel, names: Sequence[str], handles: dict[str, Any]
     for rank, (name, (where, values)) in enumerate(panel.series.items()):
         i = names.index(name)
         colour = COLOURS[i % len(COLOURS)]
-        mean, std = _moments(np.atleast_2d(np.asarray(values, np.float64)))
+        given = isinstance(values, Band)
+        mean, std = map(np.asarray, values) if given else _moments(np.atleast_2d(values))
         if panel.bars:
             # A little apart, so that bars at one place can be told from each other.
             beside = 0.007 * span * (rank - (len(panel.series) - 1) / 2)
@@ -195,5 +204,6 @@ def _draw(axes: Any, panel: Panel, names: Sequence[str], handles: dict[str, Any]
 
 def _moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation over the first axis; 0 where there is one seed."""
+    values = np.asarray(values, np.float64)
     std = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
     return values.mean(axis=0), std

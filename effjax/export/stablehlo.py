@@ -112,7 +112,7 @@ def save_stablehlo(path: str | Path, program: Program) -> int:
 
 def files(path: Path, program: Program) -> dict[Path, bytes]:
     """What `save_stablehlo` writes."""
-    # A program is three quarters names and repetition. Without a time: equal programs, equal files.
+    # Most of a program is names and repetition. Without a time: equal programs, equal files.
     found = {path: gzip.compress(program.program, mtime=0)}
     if program.weights:
         found[path.with_suffix(WEIGHTS)] = safetensors(program.weights)
