@@ -222,8 +222,10 @@ def figures(results: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any
     panels = []
     for dataset in config["tables"]:
         every = results["curves"][dataset]
-        series = {name: (where, Band(*every[name])) for name in config["strategies"]}
-        top = 1.2 * max(band.mean[PLACES // 4] for _, band in series.values())
+        series: dict[str, Any] = {
+            name: (where, Band(*every[name])) for name in config["strategies"]
+        }
+        top = 1.2 * max(band[0][PLACES // 4] for band in every.values())
         panels.append(
             Panel(
                 series,

@@ -33,10 +33,12 @@ def test_everything_is_searched_and_written(tmp_path, monkeypatch):
     assert "better than random, p = " in shown["cifar10, evolution"]
     found = json.loads((tmp_path / "results" / "nas_regret.json").read_text())
     assert len(found["rows"]) == 4
-    for row in found["rows"]:
-        assert row["trials"] == 20
-        assert np.all(np.diff(row["curve"]) <= 1e-9) or row["regret"] <= 4
-        assert row["regret"] == pytest.approx(row["curve"][-1], abs=1e-4)
+    assert all(row["trials"] == 20 for row in found["rows"])
+    for name, (mean, reach) in found["curves"]["cifar10"].items():
+        last = [row["regret"] for row in found["rows"] if row["name"] == name]
+        assert mean[-1] == pytest.approx(np.mean(last), abs=1e-4)
+        error = np.std(last, ddof=1) / np.sqrt(len(last))
+        assert reach[-1] == pytest.approx(1.96 * error, abs=1e-4)
     assert "| evolution |" in (tmp_path / "results" / "nas_regret.md").read_text()
     assert (tmp_path / "images" / "nas_regret.png").read_bytes().startswith(b"\x89PNG")
 
