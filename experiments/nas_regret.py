@@ -222,13 +222,11 @@ def figures(results: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any
     panels = []
     for dataset in config["tables"]:
         every = results["curves"][dataset]
-        series: dict[str, Any] = {
-            name: (where, Band(*every[name])) for name in config["strategies"]
-        }
+        lines = {name: (where, Band(*every[name])) for name in config["strategies"]}
         top = 1.2 * max(band[0][PLACES // 4] for band in every.values())
         panels.append(
             Panel(
-                series,
+                dict[str, Any](lines),
                 "simulated time (average trainings)",
                 "regret (points)",
                 SHOWN[dataset],
