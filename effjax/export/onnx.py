@@ -5,6 +5,7 @@ The function's own jaxpr is translated, primitive by primitive: `onnx_rules.py` 
 is one operation in ONNX and several in JAX. Models in Linen, NNX and plain JAX are all jaxprs.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -243,20 +244,24 @@ def _node(
     return helper.make_node(node.op, inputs, [renamed.get(tensor, tensor)], name=name, **attributes)
 
 
-def session(data: bytes, threads: int = 1, exact: bool = True, save: Path | None = None) -> Any:
+def session(
+    data: bytes, threads: int = 1, exact: bool | None = None, save: Path | None = None
+) -> Any:
     """An `onnxruntime.InferenceSession` of a file's bytes.
 
     Args:
       data: the file's bytes.
       threads: of one call.
-      exact: on CPUs without VNNI, whether sums of products of uint8 and int8 are exact; the faster
-        instruction saturates at 16 bits, which costs accuracy without a warning.
+      exact: whether weights are made uint8, which costs up to half of the speed, so that sums are
+        exact on CPUs without VNNI: the faster instruction saturates there at 16 bits, which costs
+        accuracy without a warning. Left out, only where this CPU's sums are not exact without.
       save: where to write the graph as ONNX Runtime optimized it.
 
     Raises:
       ExportError: onnxruntime is not installed, or refuses the file.
     """
     ort = need("onnxruntime", "onnx")
+    exact = _saturates() if exact is None else exact
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -269,7 +274,30 @@ def session(data: bytes, threads: int = 1, exact: bool = True, save: Path | None
         raise ExportError(f"ONNX Runtime refuses the file: {error}") from error
 
 
-def run(data: bytes, threads: int = 1, exact: bool = True) -> Callable[..., list[np.ndarray]]:
+@functools.cache
+def _saturates() -> bool:
+    """Whether ONNX Runtime's faster products of uint8 and int8 are wrong on this CPU: one is
+    computed, of the largest integers."""
+    helper = need("onnx.helper", "onnx")
+
+    def info(name: str, dtype: str, size: int) -> Any:
+        code = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        return helper.make_tensor_value_info(name, code, [1, size])
+
+    largest = need("onnx.numpy_helper", "onnx").from_array(np.full((64, 16), 127, np.int8), "b")
+    product = helper.make_node("MatMulInteger", ["a", "b"], ["y"])
+    graph = helper.make_graph(
+        [product], "product", [info("a", "uint8", 64)], [info("y", "int32", 16)], [largest]
+    )
+    opset = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=9)
+    (found,) = run(model.SerializeToString(), exact=False)(np.full((1, 64), 255, np.uint8))
+    return bool((found != 64 * 255 * 127).any())
+
+
+def run(
+    data: bytes, threads: int = 1, exact: bool | None = None
+) -> Callable[..., list[np.ndarray]]:
     """The file in ONNX Runtime, as a function of NumPy arrays in the order of its inputs."""
     loaded = session(data, threads, exact)
     names = [x.name for x in loaded.get_inputs()]

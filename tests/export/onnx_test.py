@@ -111,6 +111,19 @@ def test_what_is_stored():
     assert sizes["uint8"] == [1, 1]  # the zero points 128, of the input, and 0, after a ReLU
 
 
+def test_sums_are_exact_on_this_cpu():
+    x = np.full((1, 64), 1.0, np.float32)
+    kernel = fake_quant(
+        jnp.full((64, 16), 1.0), Quantizer("k:weight", np.float32(1 / 127), -127, 127)
+    )
+
+    def fn(x):
+        return fake_quant(x, Quantizer("x", np.float32(1 / 255), 0, 255)) @ kernel
+
+    (found,) = run(to_onnx(fn, aval(1, 64)))(x)  # 255 x 127, 64 times
+    np.testing.assert_allclose(found, 64.0, rtol=1e-6)
+
+
 def test_layers_are_named_by_where_they_stand():
     model = nets.linen()
     params, state = model.init(jax.random.key(0), nets.BATCH)
