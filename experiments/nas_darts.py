@@ -47,7 +47,6 @@ from experiments.harness.progress import say
 from experiments.harness.runs import open_run, read_metrics
 from experiments.harness.tables import load_table
 from experiments.models import nasbench201 as bench
-from experiments.nas_proxies import shrunk
 from experiments.sparse_report import Panel, cross_entropy, panels_plot, publish
 
 NAME = "nas_darts"
@@ -134,7 +133,7 @@ class Bench:
         found = data.load(config.dataset, validation=0)
         rng = np.random.default_rng([config.seed, 0xDA275])
         chosen = rng.choice(len(found.train.label), config.images // 2 * 2, replace=False)
-        image = shrunk(found.train.image[chosen], config.pixels)
+        image = data.shrunk(found.train.image[chosen], config.pixels)
         pairs = {
             "image": image.reshape(-1, 2, *image.shape[1:]),
             "label": found.train.label[chosen].reshape(-1, 2),

@@ -128,20 +128,6 @@ def stem(depth: int) -> str:
     return NAME if depth == 1 else f"{NAME}_depth{depth}"
 
 
-def shrunk(images: np.ndarray, pixels: int) -> np.ndarray:
-    """Means over squares of pixels: float [n, pixels, pixels, channels].
-
-    Raises:
-      ConfigError: the size does not divide the images'.
-    """
-    n, size, _, channels = images.shape
-    if size % pixels:
-        raise ConfigError(f"images of {size} pixels have no equal squares for {pixels}.")
-    square = size // pixels
-    parts = images.reshape(n, pixels, square, pixels, square, channels)
-    return parts.mean((2, 4), dtype=np.float32)
-
-
 def active(edges: Array) -> dict[str, Array]:
     """How much the layers of each operation count."""
     return {
@@ -224,7 +210,7 @@ class Bench:
         config = self.config
         rng = np.random.default_rng([seed, 0xBA7C4])
         chosen = rng.choice(len(self.images.label), config.batch, replace=False)
-        image = shrunk(self.images.image[chosen], config.pixels)
+        image = data.shrunk(self.images.image[chosen], config.pixels)
         batch = {
             "image": jnp.asarray((image - self.shift) * self.scale),
             "label": jnp.asarray(self.images.label[chosen]),

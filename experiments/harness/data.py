@@ -141,3 +141,30 @@ def read_records(contents: list[bytes]) -> Split:
     rows = np.concatenate([np.frombuffer(c, np.uint8).reshape(-1, 3073) for c in contents])
     image = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return Split(np.ascontiguousarray(image), rows[:, 0].astype(np.int32))
+
+
+def shrunk(images: np.ndarray, pixels: int) -> np.ndarray:
+    """Means over squares of pixels: float [n, pixels, pixels, channels].
+
+    Raises:
+      ConfigError: the size does not divide the images'.
+    """
+    n, size, _, channels = images.shape
+    if size % pixels:
+        raise ConfigError(f"images of {size} pixels have no equal squares for {pixels}.")
+    square = size // pixels
+    parts = images.reshape(n, pixels, square, pixels, square, channels)
+    return parts.mean((2, 4), dtype=np.float32)
+
+
+def smaller(found: Dataset, pixels: int) -> Dataset:
+    """The data set with larger images shrunk."""
+    if found.train.image.shape[1] <= pixels:
+        return found
+    return dataclasses.replace(
+        found,
+        **{
+            name: (split := getattr(found, name))._replace(image=shrunk(split.image, pixels))
+            for name in ("train", "validation", "test")
+        },
+    )

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from experiments.harness import fetch as fetching
-from experiments.harness.data import NAMES, load, parse, read_idx, read_records
+from experiments.harness.data import NAMES, load, parse, read_idx, read_records, smaller
 from experiments.harness.errors import ConfigError, DataError
 from experiments.harness.fetch import SOURCES, Source, cache_root, fetch
 
@@ -295,3 +295,14 @@ def test_the_real_data_sets_are_fetched(name, shape, train, test, cache):
     held = load(name)
     assert held.route == "cache"
     assert len(held.validation.label) == round(0.1 * len(data.train.label))
+
+
+def test_larger_images_shrink_to_means_over_squares():
+    found = load("digits")
+    assert smaller(found, 14) is found
+    small = smaller(found, 4)
+    for name in ("train", "validation", "test"):
+        before, after = getattr(found, name), getattr(small, name)
+        assert after.image.shape[1:] == (4, 4, 1)
+        np.testing.assert_allclose(after.image[0, 0, 0], before.image[0, :2, :2].mean())
+        assert after.label is before.label

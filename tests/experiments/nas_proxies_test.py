@@ -10,6 +10,7 @@ import pytest
 from effjax.nas import Table, nasbench201
 from effjax.nas.tabular import OPERATIONS
 from experiments import nas_darts, nas_proxies, sparse_report
+from experiments.harness import data
 from experiments.harness.errors import ConfigError
 from experiments.models import nasbench201 as bench
 
@@ -68,9 +69,9 @@ def test_sizes_and_images():
     # 15 cells, 32 x 32 pixels of 16 x 16 channels or as much: four 3x3 and one 1x1.
     assert found["MACs"].tolist() == [15 * 32 * 32 * 16 * 16 * (4 * 9 + 1), 0]
     image = np.arange(16, dtype=np.uint8).reshape(1, 4, 4, 1)
-    assert nas_proxies.shrunk(image, 2)[0, :, :, 0].tolist() == [[2.5, 4.5], [10.5, 12.5]]
+    assert data.shrunk(image, 2)[0, :, :, 0].tolist() == [[2.5, 4.5], [10.5, 12.5]]
     with pytest.raises(ConfigError, match="no equal squares"):
-        nas_proxies.shrunk(image, 3)
+        data.shrunk(image, 3)
     with pytest.raises(ConfigError, match="at most that"):
         nas_proxies.Config(cells=10, again=11)
     with pytest.raises(ConfigError, match=r"no proxies \['magic'\]"):
