@@ -99,16 +99,24 @@ def test_every_proxy_scores_the_real_network():
             assert not np.isfinite(found["jacob_cov"])
 
 
+def test_darts_plus_ends_before_the_second_skip_connection():
+    looks = [{"skips": skips} for skips in (0, 1, 1, 2, 0, 6)]
+    assert nas_darts.stop(looks) == 3
+    assert nas_darts.stop(looks[:3]) == 3
+    assert nas_darts.stop(looks[3:]) == 2  # the first look counts
+    assert nas_darts.stop(looks[-1:]) == 1
+
+
 @pytest.mark.slow
 def test_searches_are_looked_up_and_written(folders):
     config = nas_darts.Config(
         seeds=1, steps=4, every=2, batch=4, images=64, width=2, pixels=4, dataset="digits"
     )
     shown = nas_darts.run(config)
-    assert set(shown) == set(nas_darts.ARMS)
+    assert set(shown) == {*nas_darts.ARMS, nas_darts.STOPPED}
     found = json.loads((folders / "results" / "nas_darts.json").read_text())
     for row in found["rows"]:
-        assert row["steps"] == [2, 4]
+        assert row["steps"] in ([2, 4], [2]) if row["name"] == "DARTS+" else row["steps"] == [2, 4]
         genes = [int(digit) for digit in row["cell"]]
         assert row["final"] == 80 + 2 * genes.count(3)
         assert row["final_skips"] == genes.count(1)
