@@ -2,10 +2,11 @@
 
 A small residual network (52 thousand weights) is trained on Fashion-MNIST, images of 14 x 14 (means
 of 2 x 2 pixels), as a supernet: elastic widths of every layer, kernels of 3 and 5, and 0 to 2
-blocks in each of two stages, 49,923 networks in one set of weights, by the sandwich rule with in-
-place distillation. Its networks are then judged on validation images, with BatchNorm's statistics
-measured anew for each, by NSGA-II and by random search; under three budgets of multiply-accumulates
-the best by validation is chosen, and reported on the test set. No weight is trained after that.
+blocks in each of two stages, 49,923 networks in one set of weights, by the sandwich rule with
+in-place distillation. Its networks are then judged on validation images, with BatchNorm's
+statistics measured anew for each, by NSGA-II and by random search; under three budgets of
+multiply-accumulates the best by validation is chosen, and reported on the test set. No weight is
+trained after that.
 
 The second supernet goes on from the first one's weights, with bits (2 to 8) of five parts of the
 network and sparsities (0 to 0.9) of the two stages as further genes, 818 million networks; budgets
