@@ -15,7 +15,7 @@ cells has no scale and shift, as published. GDAS's temperature falls from 10 to 
 DARTS- are one compiled program.
 
 Command: python -m experiments nas_darts
-Cost: 35 minutes of one CPU core.
+Cost: 35 minutes of one CPU core (an estimate).
 
 Papers: Liu et al. 2019, https://arxiv.org/abs/1806.09055; Dong and Yang 2020,
 https://arxiv.org/abs/2001.00326; Chu et al. 2021, https://arxiv.org/abs/2009.01027.

@@ -252,7 +252,7 @@ def session(
     Args:
       data: the file's bytes.
       threads: of one call.
-      exact: whether weights are made uint8, which costs up to half of the speed, so that sums are
+      exact: whether weights are made uint8, which takes up to 2.3 times the time, so that sums are
         exact on CPUs without VNNI: the faster instruction saturates there at 16 bits, which costs
         accuracy without a warning. Left out, only where this CPU's sums are not exact without.
       save: where to write the graph as ONNX Runtime optimized it.
