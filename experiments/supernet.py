@@ -85,6 +85,7 @@ class Config:
       further: of the second kind, which goes on from it.
       batch: images a step.
       samples: random networks a step, besides the largest and the smallest.
+      alpha: weight of what the largest teaches them, beside that of its own loss.
       learning_rate: the largest, of a cosine schedule.
       further_rate: likewise, of the second kind.
       trials: networks that each strategy judges.
@@ -105,6 +106,7 @@ class Config:
     further: int = 4_000
     batch: int = 64
     samples: int = 1
+    alpha: float = 1.0
     learning_rate: float = 4e-3
     further_rate: float = 2e-3
     trials: int = 60
@@ -126,6 +128,7 @@ class Config:
             further=(1, 1_000_000),
             batch=(1, 10_000),
             samples=(0, 10),
+            alpha=(0, 1_000),
             learning_rate=(1e-8, 10),
             further_rate=(1e-8, 10),
             trials=(1, 100_000),
@@ -220,7 +223,7 @@ class Bench:
         self.costs = nas.Costs(self.net)
         self.cost = COSTS[kind]
         self.limit = getattr(self.costs(self.net.architecture()), self.cost)
-        elastic = ej.chain(nas=nas.elastic(self.net, samples=config.samples))
+        elastic = ej.chain(nas=nas.elastic(self.net, samples=config.samples, alpha=config.alpha))
         fixed = ej.chain(nas=nas.fixed(self.net, self.net.architecture()))
         self.supernet = Trainer(self.model, elastic, batches, alone=False)
         self.alone = Trainer(self.model, fixed, batches, alone=True)

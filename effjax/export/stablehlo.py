@@ -6,9 +6,10 @@ bits several to a byte, and are arguments of the program. Or one file, with the 
 constants. jax and NumPy read either.
 """
 
+import contextlib
 import gzip
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -89,7 +90,8 @@ def to_stablehlo(
             for name, x in frozen.example.items()
         }
         shapes = jax.eval_shape(lambda: {n: jnp.asarray(x) for n, x in arguments.items()})
-        exported = jax.export.export(jax.jit(call), platforms=tuple(platforms))(shapes, inputs)
+        with _without_locations():
+            exported = jax.export.export(jax.jit(call), platforms=tuple(platforms))(shapes, inputs)
     except Exception as error:
         raise ExportError(
             f"jax cannot export this model for {tuple(platforms)}: {type(error).__name__}: "
@@ -97,6 +99,19 @@ def to_stablehlo(
             "batch=the size; if an operation is not there on a platform, leave that out."
         ) from error
     return Program(bytes(exported.serialize()), arguments, tuple(frozen.example))
+
+
+@contextlib.contextmanager
+def _without_locations() -> Iterator[None]:
+    """Programs lowered inside do not say which line of which file each operation comes from: that
+    is a third of them, and paths on the machine that wrote them."""
+    name = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def save_stablehlo(path: str | Path, program: Program) -> int:

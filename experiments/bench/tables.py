@@ -95,6 +95,27 @@ def integer(found: Mapping[str, Any]) -> Grid:
     )
 
 
+def file_sizes(found: Mapping[str, Any]) -> Grid:
+    kinds = ("ONNX", "LiteRT", "StableHLO")
+    rows = []
+    for row in found["rows"]:
+        whole = row["integers"]
+        held = whole + row["scales"] + row["floats"]
+        sizes = [row["files"].get(kind) for kind in kinds]
+        rows.append(
+            [
+                f"{row['network']}, {row['bits']} bits",
+                f"{whole:,}",
+                f"{row['scales'] / whole:.1%}",
+                f"{row['floats'] / whole:.1%}",
+                *("-" if size is None else f"{size / whole:.3f}x" for size in sizes),
+                f"{row['files']['StableHLO'] / held:.3f}x",
+            ]
+        )
+    titles = ["network", "integers, bytes", "scales add", "other floats add"]
+    return Grid([*titles, *kinds, "StableHLO over all three"], rows)
+
+
 def augment(found: Mapping[str, Any]) -> Grid:
     peers = ("host", "dm-pix", "augmax")
     rows = [
@@ -126,6 +147,7 @@ def latency_table(found: Mapping[str, Any]) -> Grid:
 PAGES: dict[str, tuple[str, Callable[[Mapping[str, Any]], Grid]]] = {
     "quantize": ("Quantization-aware training against qwix", quantize),
     "integer": ("Integer programs in XLA against float32", integer),
+    "file_sizes": ("Exported files over their integers", file_sizes),
     "augment": ("Augmentations", augment),
     "latency_table": ("Latency of networks that were not measured", latency_table),
 }

@@ -73,6 +73,12 @@ def test_four_bits_take_half_a_byte(frozen):
     assert frozen.nbytes == (64 * 32 + 32 * 8) // 2 + 4 * (32 + 8)
 
 
+def test_a_program_names_no_file_of_the_machine_that_wrote_it(frozen):
+    before = jax.config.jax_traceback_in_locations_limit
+    assert b".py" not in to_stablehlo(frozen).program
+    assert jax.config.jax_traceback_in_locations_limit == before
+
+
 def test_weights_inside_need_no_second_file(frozen, tmp_path):
     program = to_stablehlo(frozen, weights="inside", batch=3, platforms=["cpu"])
     save_stablehlo(tmp_path / "model.stablehlo", program)
