@@ -42,7 +42,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,8 @@ NAME = "supernet"
 SUPERNET, ALONE, RANDOM = "supernet", "alone", "random search"
 ARMS = (SUPERNET, ALONE, RANDOM)
 COSTS = {"shape": "macs", "joint": "bytes"}
+INNER = (0.25, 0.5, 1.0)
+BITS, SPARSITIES = (3, 4, 8), (0.0, 0.5, 0.75)
 QUANTIZED = ("stem", "down_0", "block_0", "down_1", "block_1")
 
 
@@ -102,18 +104,18 @@ class Config:
 
     seeds: int = 3
     seed: int = 0
-    steps: int = 8_000
+    steps: int = 6_000
     further: int = 4_000
     batch: int = 64
-    samples: int = 1
+    samples: int = 2
     alpha: float = 1.0
     learning_rate: float = 4e-3
     further_rate: float = 2e-3
     trials: int = 60
-    budgets: tuple[float, ...] = (0.1, 0.25, 0.6)
+    budgets: tuple[float, ...] = (0.2, 0.35, 0.6)
     drawn: int = 2
     judged: int = 2_000
-    calibration: int = 4
+    calibration: int = 16
     pixels: int = 14
     stem: int = 8
     stages: tuple[int, ...] = (12, 24)
@@ -152,14 +154,34 @@ class Config:
 
 def dimensions(config: Config, kind: str) -> dict[str, Any]:
     """The elastic dimensions of a kind of supernet."""
-    found = models.dimensions(config.spec)
+    found = models.dimensions(config.spec, (1.0,), INNER, least=1, matrices=True)
     if kind == "joint":
         for part in QUANTIZED:
-            found[f"bits_{part}"] = nas.Bits(f"^{part}.*kernel$", (2, 3, 4, 8), activations=8)
+            found[f"bits_{part}"] = nas.Bits(f"^{part}.*kernel$", BITS, activations=8)
         for s in range(len(config.stages)):
             stage = f"^block_{s}.*kernel$"
-            found[f"sparsity_{s}"] = nas.Sparsity(stage, (0.0, 0.5, 0.75, 0.9))
+            found[f"sparsity_{s}"] = nas.Sparsity(stage, SPARSITIES)
     return found
+
+
+class Start(NamedTuple):
+    """What a training goes on from; without anything, from new weights.
+
+    matrices: of elastic kernels.
+    """
+
+    params: PyTree = None
+    model_state: PyTree = None
+    matrices: PyTree = None
+
+    @classmethod
+    def of(cls, state: ej.TrainState) -> "Start":
+        return cls(state.vars.model, state.model_state, matrices_of(state))
+
+
+def matrices_of(state: ej.TrainState) -> PyTree:
+    """A supernet's matrices of elastic kernels; None where it has none."""
+    return state.vars.extra.get("nas", {}).get("matrices")
 
 
 class Trainer:
@@ -175,10 +197,14 @@ class Trainer:
 
             return optax.adamw(schedule, weight_decay=1e-4)
 
-        def init(key: Array, params: PyTree, model_state: PyTree) -> ej.TrainState:
+        def init(key: Array, start: "Start") -> ej.TrainState:
             tx, example = optimizer(jnp.float32(1), jnp.float32(1)), batches.example
-            given = {"params": params, "model_state": model_state}
-            return ej.init_state(key, model, transform, tx, example, **given)
+            given = {"params": start.params, "model_state": start.model_state}
+            state = ej.init_state(key, model, transform, tx, example, **given)
+            if start.matrices is None:
+                return state
+            extra = {**state.vars.extra, "nas": {"matrices": start.matrices}}
+            return state._replace(vars=state.vars._replace(extra=extra))
 
         def step(state: ej.TrainState, batch: PyTree, given: Mapping[str, Array]) -> Any:
             if alone:
@@ -193,15 +219,14 @@ class Trainer:
         self.step = step
 
     def train(
-        self, part: Run, seed: int, steps: int, rate: float, start: Any, **given: Any
+        self, part: Run, seed: int, steps: int, rate: float, start: "Start", **given: Any
     ) -> ej.TrainState:
         """The trained state."""
-        params, model_state = start
         frozen = {"steps": jnp.float32(steps), "rate": jnp.float32(rate), **given}
         return fit(
             part,
             self.step,
-            self.init(jax.random.key(seed), params, model_state),
+            self.init(jax.random.key(seed), start),
             dataclasses.replace(self.batches, key=jax.random.key(seed)),
             steps=steps,
             frozen=frozen,
@@ -327,7 +352,7 @@ class Study:
 
     def run(self) -> None:
         """Everything, the supernets first."""
-        starts: dict[int, Any] = dict.fromkeys(self.seeds, (None, None))
+        starts = dict.fromkeys(self.seeds, Start())
         for kind in COSTS:
             bench = Bench(self.config, kind, self.here, self.images)
             chosen: dict[tuple[int, float], np.ndarray] = {}
@@ -335,7 +360,7 @@ class Study:
             with _counting(names) as counts:
                 for seed in self.seeds:
                     state = self.train(bench, seed, starts[seed])
-                    starts[seed] = state.vars.model, state.model_state
+                    starts[seed] = Start.of(state)
                     chosen |= self.choose(bench, seed, state)
             self.compiled |= {f"{kind}: {n}": c for n, c in counts().items()}
             if many := {n: c for n, c in counts().items() if c > 1}:
@@ -346,7 +371,7 @@ class Study:
                 for budget in self.config.budgets:
                     self.alone(bench, RANDOM, seed, budget, bench.drawn(seed, budget))
 
-    def train(self, bench: Bench, seed: int, start: Any) -> ej.TrainState:
+    def train(self, bench: Bench, seed: int, start: Start) -> ej.TrainState:
         config, began = self.config, time.monotonic()
         first = bench.kind == "shape"
         steps = config.steps if first else config.further
@@ -392,6 +417,7 @@ class Study:
             own.vars.model,
             own.model_state,
             batch,
+            matrices=matrices_of(own),
         )
         if seed == self.config.seed and bench.kind == "shape":
             self.timed[f"MACs ≤ {budget:.0%}"] = predictor(found.model, found, batch)
@@ -445,7 +471,7 @@ class Study:
                     seed + 100 * i,
                     steps,
                     config.learning_rate,
-                    (None, None),
+                    Start(),
                     until=jnp.int32(share * steps),
                     first=jnp.asarray(first),
                     last=jnp.asarray(arch),

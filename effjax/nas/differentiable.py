@@ -48,6 +48,7 @@ def darts(
     skip: str | None = "skip",
     auxiliary: Scalar | Schedule = 0.0,
     zero_one: Scalar = 0.0,
+    decay: Scalar | Schedule = 0.0,
     latency: Latency | None = None,
     evaluate: Literal["mixture", "chosen"] = "mixture",
 ) -> Transform:
@@ -87,6 +88,9 @@ def darts(
       skip: the operation whose growth is the collapse; None where there is none such.
       auxiliary: DARTS-: an additional skip connection that fades to 0 during the search.
       zero_one: FairDARTS: strength of the loss -mean (sigmoid(a) - ½)².
+      decay: beta-DARTS: strength of the loss mean over edges of log Σ_o exp(a[e, o]), published as
+        growing from 0 to 50 during the search. Its gradient is the softmax: it lowers a logit the
+        more the larger its share is, which keeps one operation from running away.
       latency: see `Latency`.
       evaluate: see above.
 
@@ -95,7 +99,7 @@ def darts(
 
     Metrics: "skip", the fraction of edges whose most probable operation is `skip` (near 1 after a
     collapse); "entropy" of the choices, 1 where all are equal and 0 where all are made. Losses:
-    "latency", "zero_one".
+    "latency", "zero_one", "decay".
 
     Raises:
       SetupError: wrong arguments here; at `init`, a batch with an odd number of examples, or a
@@ -110,8 +114,9 @@ def darts(
 
     References: Liu et al., "DARTS: Differentiable architecture search", 2019,
     https://arxiv.org/abs/1806.09055; Chu et al., "DARTS-: Robustly stepping out of performance
-    collapse without indicators", 2021, https://arxiv.org/abs/2009.01027; and those of the
-    relaxations.
+    collapse without indicators", 2021, https://arxiv.org/abs/2009.01027; Ye et al., "beta-DARTS:
+    Beta-decay regularization for differentiable architecture search", 2022,
+    https://arxiv.org/abs/2203.01665; and those of the relaxations.
     """
     names, wrong = tuple(operations), _wrong(edges, operations, relax, skip, order, rate, loss)
     if wrong is None and latency is not None:
@@ -126,6 +131,7 @@ def darts(
     # A schedule or a traced value may be anything.
     helped = callable(auxiliary) or is_traced(auxiliary) or auxiliary != 0
     pushed = is_traced(zero_one) or zero_one != 0
+    decays, falling = callable(decay) or is_traced(decay) or decay != 0, as_schedule(decay)
     if helped and place is None:
         raise SetupError("an auxiliary skip connection needs skip=..., the operation's name.")
 
@@ -200,6 +206,9 @@ def darts(
             logits = jnp.concatenate([x.ravel() for x in extra["logits"].values()])
             square = jnp.mean(jnp.square(jax.nn.sigmoid(logits) - 0.5))
             found["zero_one"] = -jnp.asarray(zero_one, jnp.float32) * square
+        if decays:
+            logits = jnp.concatenate(list(extra["logits"].values()))
+            found["decay"] = falling(ctx.step) * jnp.mean(jax.nn.logsumexp(logits, axis=-1))
         if latency is not None:
             strength = jnp.asarray(latency.strength, jnp.float32)
             took = expected(extra["logits"], latency)

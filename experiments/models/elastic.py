@@ -163,24 +163,42 @@ def model(spec: Spec = Spec(), library: Library = "linen") -> ej.Model:
     return ej.from_nnx(lambda rngs: NNXElastic(spec, rngs=rngs))
 
 
-def dimensions(spec: Spec, widths: tuple[float, ...] = (0.5, 0.75, 1.0)) -> dict[str, Any]:
+def dimensions(
+    spec: Spec,
+    widths: tuple[float, ...] = (0.5, 0.75, 1.0),
+    inner: tuple[float, ...] | None = None,
+    least: int = 0,
+    matrices: bool = False,
+) -> dict[str, Any]:
     """What `ej.nas.Supernet` may choose: every width and depth, and where kernels are larger than
-    3 their size. What exists only in deeper networks is chosen only there."""
+    3 their size. What exists only in deeper networks is chosen only there.
+
+    Args:
+      spec: the largest member.
+      widths: fractions of the stem's and of the stages' channels; only (1.0,) leaves them alone.
+      inner: fractions of the channels inside blocks; left out, `widths`.
+      least: blocks that each stage keeps.
+      matrices: of kernels, see `ej.nas.Kernel`.
+    """
     nas, found = ej.nas, dict[str, Any]()
-    found["stem"] = nas.Width("^stem/conv/kernel$", widths)
+    inside = widths if inner is None else inner
+    if len(widths) > 1:
+        found["stem"] = nas.Width("^stem/conv/kernel$", widths)
     for s, kernels in enumerate(spec.kernels):
-        found[f"stage_{s}"] = nas.Width(f"^down_{s}/conv/kernel$", widths)
+        if len(widths) > 1:
+            found[f"stage_{s}"] = nas.Width(f"^down_{s}/conv/kernel$", widths)
         count = len(kernels)
         blocks = [f"^block_{s}_{b}/" for b in range(count)]
-        found[f"depth_{s}"] = nas.Depth(blocks, range(count + 1))
+        found[f"depth_{s}"] = nas.Depth(blocks, range(least, count + 1))
         for b, size in enumerate(kernels):
             there = tuple(range(b + 1, count + 1))
             conv = f"^block_{s}_{b}/conv_0/kernel$"
-            own: dict[str, Any] = {f"inner_{s}_{b}": nas.Width(conv, widths)}
+            own: dict[str, Any] = {f"inner_{s}_{b}": nas.Width(conv, inside)}
             if size > 3:
-                own[f"kernel_{s}_{b}"] = nas.Kernel(conv, tuple(range(3, size + 1, 2)))
+                own[f"kernel_{s}_{b}"] = nas.Kernel(conv, tuple(range(3, size + 1, 2)), matrices)
+            always = b < least
             for name, one in own.items():
-                found[name] = nas.When(f"depth_{s}", there, one)
+                found[name] = one if always else nas.When(f"depth_{s}", there, one)
     return found
 
 

@@ -201,6 +201,15 @@ def test_latency_and_the_zero_one_loss():
     assert float(metrics["loss"]) == pytest.approx(wanted, rel=1e-5)
 
 
+def test_beta_decay_lowers_logits_by_their_shares():
+    state, step, _ = started(search(decay=lambda step: 2.0 + step))
+    after, metrics = step(state, BATCH)
+    e = np.exp(A)
+    assert float(metrics["search/decay"]) == pytest.approx(2 * np.log(e.sum()), rel=1e-5)
+    wanted = A - slope(lambda a: by_hand(W, a, ODD), A) - 2 * e / e.sum()
+    np.testing.assert_allclose(after.vars.extra["search"]["logits"]["edges"][0], wanted, atol=1e-4)
+
+
 def test_a_collapse_is_reported_and_warned_of():
     logits = jnp.array([[0.0, 2.0, 1.0]])
     state, step, _ = started(search(), optax.sgd(0.0), logits)
