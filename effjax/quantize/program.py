@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from effjax import jaxprs
 from effjax.errors import SiteError
+from effjax.quantize import products
 from effjax.quantize.affine import absorbed, folded
 from effjax.quantize.frozen import FrozenSite, decode, decode_bias
 from effjax.quantize.grids import Grid, integers
@@ -307,7 +308,7 @@ class Program:
         operand = self.input(
             self.settled(values[1 - site.weight]), entry, 1 - site.weight, layer, site
         )
-        channels, sizes = _channels(eqn, site)
+        channels, sizes = products.channels(eqn, site)
         fresh = weight.value is not None
         return Pending(
             site,
@@ -398,7 +399,7 @@ class Program:
         axis = own.eqn.params["dimension_numbers"].rhs_spec[0] if conv else 1
         if own.factor is not None and own.shift is not None:
             values = np.asarray(own.weight.value)
-            values = values if conv else _matrix(values, own.eqn, site)
+            values = values if conv else products.matrix(values, own.eqn, site)
             codes, scale = integers(site.path, values, (axis,), entry.bits)
             last = np.moveaxis(codes, axis, -1)
             last, scale, bias = folded(
@@ -408,7 +409,11 @@ class Program:
         w = self.weight(name, codes, scale, axis, entry.bits)
         inputs = () if own.operand.grid is None else (own.operand.grid.name,)
         x = own.operand.array
-        out = jaxprs.operation(own.jaxpr, own.eqn)(x, w) if conv else _dense(x, w, own.eqn, site)
+        out = (
+            jaxprs.operation(own.jaxpr, own.eqn)(x, w)
+            if conv
+            else products.dense(x, w, own.eqn, site)
+        )
         if own.shifted:
             if bias is not None:
                 self.weights.put(f"{name}:bias", bias)
@@ -416,7 +421,7 @@ class Program:
             features = own.eqn.params["dimension_numbers"].out_spec[1] if conv else out.ndim - 1
             out = out + b.reshape([-1 if a == features else 1 for a in range(out.ndim)])
         if not conv:
-            out = _shaped(out, own, site)
+            out = products.shaped(out, own, site)
         self.sites.append(
             FrozenSite(name, site.op, inputs, f"{name}:weight", own.shifted, site.groups)
         )
@@ -447,73 +452,6 @@ def _row(value: Data | Known, i: int) -> Value:
         row = None if value.value is None else value.value[j]
     path = f"{value.path}[{i}]" if value.path else ""
     return Known(row, value.compact[1:], value.shape[1:], value.static, path)
-
-
-def _channels(eqn: jaxprs.Eqn, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of a site's result along which its weight's channels lie, and their sizes."""
-    assert site.weight is not None
-    shape = site.shapes[site.weight]
-    if site.op == jaxprs.CONV:
-        if site.weight != 1:
-            raise SiteError(
-                f"{site.path} is the first operand of its convolution; engines want "
-                "the kernel second."
-            )
-        numbers = eqn.params["dimension_numbers"]
-        return (numbers.out_spec[1],), (shape[numbers.rhs_spec[0]],)
-    (_, batch) = eqn.params["dimension_numbers"]
-    if batch[0]:
-        raise SiteError(
-            f"{site.path} is multiplied with a batch axis of its own (a matrix for each expert or "
-            "head); engines multiply one matrix. Write it as separate layers, or leave it out of "
-            "the quantizer's `select`."
-        )
-    free = [axis for axis in range(len(shape)) if axis not in site.contracting[site.weight]]
-    rank = len(jaxprs.shape(eqn.outvars[0]))
-    first = 0 if site.weight == 0 else rank - len(free)
-    return tuple(range(first, first + len(free))), tuple(shape[axis] for axis in free)
-
-
-def _matrix(values: np.ndarray, eqn: jaxprs.Eqn, site: Site) -> np.ndarray:
-    """A dot's weight as [summed, channels]."""
-    assert site.weight is not None
-    summed = eqn.params["dimension_numbers"][0][site.weight]
-    free = [axis for axis in range(values.ndim) if axis not in summed]
-    ordered = values.transpose(*summed, *free)
-    return ordered.reshape(int(np.prod([values.shape[a] for a in summed])), -1)
-
-
-def _dense(x: Array, w: Array, eqn: jaxprs.Eqn, site: Site) -> Array:
-    """x [..., summed] times w [summed, channels]."""
-    assert site.weight is not None
-    summed = eqn.params["dimension_numbers"][0][1 - site.weight]
-    free = [axis for axis in range(x.ndim) if axis not in summed]
-    order = (*free, *summed)
-    if order != tuple(range(x.ndim)):
-        x = x.transpose(order)
-    if len(summed) != 1:
-        x = x.reshape(*x.shape[: len(free)], w.shape[0])
-    dims = (((x.ndim - 1,), (0,)), ((), ()))
-    with jax.named_scope(str(eqn.source_info.name_stack) or site.path):  # as a convolution keeps it
-        return lax.dot_general(
-            x,
-            w,
-            dims,
-            precision=eqn.params["precision"],
-            preferred_element_type=jnp.float32,
-        )
-
-
-def _shaped(out: Array, own: Pending, site: Site) -> Array:
-    """[..., channels] as the dot's own result."""
-    if len(own.channels) == 1 and site.weight == 1:
-        return out
-    sizes = [own.shape[axis] for axis in own.channels]
-    out = out.reshape(*out.shape[:-1], *sizes)
-    if site.weight == 0:  # channels first
-        rest = out.ndim - len(sizes)
-        out = out.transpose(*range(rest, out.ndim), *range(rest))
-    return out
 
 
 def write(
