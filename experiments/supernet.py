@@ -117,7 +117,7 @@ class Config:
     trials: int = 120
     budgets: tuple[float, ...] = (0.2, 0.35, 0.6)
     drawn: int = 2
-    judged: int = 2_000
+    judged: int = 6_000
     calibration: int = 16
     pixels: int = 14
     stem: int = 8
