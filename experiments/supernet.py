@@ -42,6 +42,7 @@ Papers: Cai et al., "Once-for-All", 2020, https://arxiv.org/abs/1908.09791; Yu e
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class Config:
       trials: networks that each strategy judges.
       budgets: as fractions of what the largest network costs.
       drawn: random networks under each budget.
-      judged: validation images that a trial sees.
+      judged: validation images that a trial sees, at most; as many as divide the test set.
       calibration: batches of 128 training images for BatchNorm's statistics.
       pixels: the images' height and width at most: means over squares of pixels.
       stem: channels of the first convolution.
@@ -294,10 +295,16 @@ class Bench:
         recalibrate, accuracy = self._judges[arm]
         own = recalibrate(state, jnp.asarray(arch), self.calibration)
         split = self.images.test if test else self.images.validation
-        size = min(self.config.judged, len(self.images.validation.label), len(split.label))
-        chunks = len(split.label) // size if test else 1
-        found = [float(accuracy(own, self.standard(split, size, i))) for i in range(chunks)]
+        parts = len(split.label) // self.size if test else 1
+        found = [float(accuracy(own, self.standard(split, self.size, i))) for i in range(parts)]
         return float(np.mean(found))
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Images that are judged at once: one size for one program, which divides the test set."""
+        every = len(self.images.test.label)
+        most = min(self.config.judged, len(self.images.validation.label), every)
+        return next(size for size in range(most, 0, -1) if every % size == 0)
 
     def search(self, seed: int, state: ej.TrainState) -> list[dict[str, Any]]:
         """The trials of both strategies."""
