@@ -107,11 +107,20 @@ def test_darts_plus_ends_before_the_second_skip_connection():
     assert nas_darts.stop(looks[-1:]) == 1
 
 
+def test_searches_that_there_are_not():
+    with pytest.raises(ConfigError, match=r"arms are .'PC-DARTS'.; there are"):
+        nas_darts.Config(arms=("DARTS", "PC-DARTS"))
+
+
+def test_more_cells_a_stage_are_written_beside_the_other_results():
+    assert nas_proxies.stem(1) == "nas_proxies"
+    assert nas_proxies.stem(3) == "nas_proxies_depth3"
+
+
 @pytest.mark.slow
 def test_searches_are_looked_up_and_written(folders):
-    config = nas_darts.Config(
-        seeds=1, steps=4, every=2, batch=4, images=64, width=2, pixels=4, dataset="digits"
-    )
+    small = {"batch": 4, "images": 64, "width": 2, "depth": 1, "pixels": 4, "dataset": "digits"}
+    config = nas_darts.Config(tuple(nas_darts.ARMS), seeds=1, steps=4, every=2, **small)
     shown = nas_darts.run(config)
     assert set(shown) == {*nas_darts.ARMS, nas_darts.STOPPED}
     found = json.loads((folders / "results" / "nas_darts.json").read_text())
