@@ -19,7 +19,8 @@ What is chosen is compared with
   those of both, the first as many of them dense and with 8 bits);
 - random search: networks drawn at random within the budget and trained alone, the best of them by
   validation; all of them together take as many passes through a network as the supernets (which
-  take `2 + samples` in each step).
+  take `2 + samples` in each step). All that random search trained is also compared with the whole
+  front of the supernet: the test accuracy of what is best by validation within any cost.
 
 The chosen networks are cut out of the supernets, and their outputs, MACs and bytes compared with
 what the view gives and what was counted. Those of the first seed are timed beside the largest.
@@ -352,7 +353,9 @@ class Study:
         self.images = data.smaller(data.load(config.dataset), config.pixels)
         self.rows: list[dict[str, Any]] = []
         self.trials: dict[str, list[dict[str, Any]]] = {kind: [] for kind in COSTS}
+        self.fronts: list[dict[str, Any]] = []
         self.points: list[dict[str, Any]] = []
+        self.largest: dict[str, int] = {}
         self.compiled: dict[str, int] = {}
         self.timed: dict[str, Callable[[], Any]] = {}
 
@@ -365,6 +368,7 @@ class Study:
         starts = dict.fromkeys(self.seeds, Start())
         for kind in COSTS:
             bench = Bench(self.config, kind, self.here, self.images)
+            self.largest[kind] = int(bench.limit)
             chosen: dict[tuple[int, float], np.ndarray] = {}
             names = ("one", "recalibrate", "accuracy")
             with _counting(names) as counts:
@@ -398,6 +402,9 @@ class Study:
         began = time.monotonic()
         trials = bench.search(seed, state)
         self.trials[bench.kind] += trials
+        for trial in improving(trials):
+            reached = bench.judge(state, np.array(trial["genes"], np.int32), test=True)
+            self.fronts.append({**trial, "kind": bench.kind, "arm": SUPERNET, "accuracy": reached})
         found = {}
         for budget in self.config.budgets:
             within = [t for t in trials if t["cost"] <= bench.within(budget)]
@@ -490,6 +497,11 @@ class Study:
                 done["test"] = bench.judge(state, arch, ALONE, test=True)
                 write_json(part.path / "result.json", done)
             found.append((done["validation"], done["test"], arch))
+            cost = int(getattr(bench.costs(arch), bench.cost))
+            facts = {"kind": bench.kind, "arm": arm, "seed": seed, "cost": cost}
+            if arm == RANDOM:
+                reached = {"validation": done["validation"], "accuracy": done["test"]}
+                self.fronts.append({**facts, **reached})
         validation, accuracy, arch = max(found, key=lambda x: x[0])
         self.note(bench, arm, seed, budget, arch, validation, accuracy, steps)
         say(f"{bench.kind}, {arm}, {budget}, seed {seed}: {time.monotonic() - began:.0f} s")
@@ -547,6 +559,8 @@ def run(config: Config) -> dict[str, Any]:
     study.run()
     rows = study.rows
     results: dict[str, Any] = {"rows": rows, "points": study.points, "trials": study.trials}
+    results |= {"fronts": study.fronts, "largest": study.largest}
+    results["along"] = {kind: along(study.fronts, kind) for kind in COSTS}
     results |= {"compiled": study.compiled, "seconds": time.monotonic() - began}
     timed = ej.latency(study.timed, batch_size=64)
     results["latency"] = {name: found.to_dict() for name, found in timed.items()}
@@ -585,6 +599,31 @@ def against(rows: list[dict[str, Any]], kind: str, arm: str) -> dict[str, Any]:
     return found
 
 
+def improving(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By cost, those that are better on validation images than all that cost no more."""
+    found: list[dict[str, Any]] = []
+    for trial in sorted(trials, key=lambda t: (t["cost"], -t["validation"])):
+        if not found or trial["validation"] > found[-1]["validation"]:
+            found.append(trial)
+    return found
+
+
+def along(fronts: list[dict[str, Any]], kind: str, places: int = 40) -> dict[str, Any]:
+    """{"cost": from the cheapest that all found to the dearest; an arm: test accuracies in per cent
+    of its best network by validation that costs no more, [seeds, places]}."""
+    mine = [f for f in fronts if f["kind"] == kind]
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for point in mine:
+        groups.setdefault((point["arm"], point["seed"]), []).append(point)
+    first = max(min(p["cost"] for p in group) for group in groups.values())
+    costs = np.geomspace(first, max(f["cost"] for f in mine), places).round().astype(int)
+    found: dict[str, Any] = {"cost": costs.tolist(), SUPERNET: [], RANDOM: []}
+    for (arm, _), group in sorted(groups.items()):
+        best = [improving([p for p in group if p["cost"] <= cost])[-1] for cost in costs]
+        found[arm].append([100 * point["accuracy"] for point in best])
+    return found
+
+
 def volumes(trials: list[dict[str, Any]]) -> dict[str, list[float]]:
     """{strategy: hypervolume over log cost and validation accuracy, by seed}, in per cent of the
     box of all trials."""
@@ -618,12 +657,17 @@ def tables(results: dict[str, Any]) -> dict[str, Table]:
         for kind, arms in against.items()
         for arm, own in arms.items()
     )
+    apart = "; ".join(
+        f"{kind} {np.mean(own[SUPERNET]) - np.mean(own[RANDOM]):+.2f}"
+        for kind, own in results["along"].items()
+    )
     times = ", ".join(f"{n} {x['median'] * 1e3:.2f} ms" for n, x in results["latency"].items())
     caption = (
         f"{config['dataset']}: supernets of {config['steps']} steps, and {config['further']} more "
         "with bits and sparsities, of "
         f"{2 + config['samples']} networks of {config['batch']} images; mean ± standard deviation "
-        f"of {config['seeds']} seeds. Points of the supernet above the others, {differences}. "
+        f"of {config['seeds']} seeds. Points of the supernet above the others, {differences}; "
+        f"above random search at all costs on average, {apart}. "
         f"64 images take, in floating point, {times}."
     )
     rows = sorted(results["rows"], key=lambda r: (r["kind"] == "joint", r["budget"]))
@@ -631,7 +675,7 @@ def tables(results: dict[str, Any]) -> dict[str, Table]:
 
 
 def figures(results: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
-    """Test accuracy by budget, of both kinds."""
+    """Test accuracy by budget, and the best within any cost, of both kinds."""
     rows, budgets = results["rows"], results["config"]["budgets"]
     places = [float(i) for i in range(len(budgets))]
     panels = []
@@ -643,4 +687,13 @@ def figures(results: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any
         ticks = {place: f"{b:.0%}" for place, b in zip(places, budgets, strict=True)}
         unit = "MACs" if COSTS[kind] == "macs" else "stored bytes"
         panels.append(Panel(series, f"{unit}, of the largest's", "test accuracy (%)", title, ticks))
-    return {NAME: panels_plot(panels, source, width=7.0, height=3.0)}
+    fronts = []
+    for kind, own in results["along"].items():
+        places = [cost / results["largest"][kind] for cost in own["cost"]]
+        series = {arm: (places, np.array(own[arm])) for arm in (SUPERNET, RANDOM)}
+        unit = "MACs" if COSTS[kind] == "macs" else "stored bytes"
+        fronts.append(Panel(series, f"{unit}, of the largest's", "test accuracy (%)", bars=False))
+    return {
+        NAME: panels_plot(panels, source, width=7.0, height=3.0),
+        f"{NAME}_fronts": panels_plot(fronts, source, width=7.0, height=3.0),
+    }

@@ -32,6 +32,22 @@ def test_the_statistics_by_hand():
     assert supernet.volumes(trials) == {"a": [pytest.approx(50)], "b": [pytest.approx(0)]}
 
 
+def test_fronts_are_compared_along_the_costs_that_both_found():
+    def point(arm, seed, cost, validation, accuracy):
+        own = {"kind": "shape", "arm": arm, "seed": seed, "cost": cost}
+        return {**own, "validation": validation, "accuracy": accuracy}
+
+    points = [point(supernet.SUPERNET, 0, *x) for x in ((1, 0.5, 0.4), (4, 0.9, 0.8), (8, 0.7, 1))]
+    assert supernet.improving(points) == points[:2]
+    points += [point(supernet.RANDOM, 0, *x) for x in ((16, 0.6, 0.7), (2, 0.55, 0.5))]
+    found = supernet.along(points, "shape", places=4)
+    assert found == {
+        "cost": [2, 4, 8, 16],
+        supernet.SUPERNET: [[40, 80, 80, 80]],
+        supernet.RANDOM: [[50, 50, 50, 70]],
+    }
+
+
 @pytest.mark.slow
 def test_a_small_run_resumes_and_reports(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFJAX_RUNS", str(tmp_path))
@@ -49,5 +65,6 @@ def test_a_small_run_resumes_and_reports(tmp_path, monkeypatch):
     assert max(first["compiled"].values()) == 1
     assert all(p["difference"] < 1e-2 for p in first["points"])
     assert len(first["trials"]["joint"]) == 12
+    assert {f["arm"] for f in first["fronts"]} == {supernet.SUPERNET, supernet.RANDOM}
     assert supernet.run(config) == found
     assert json.loads(path.read_text())["rows"] == first["rows"]
