@@ -1,7 +1,7 @@
 """What exported files take beside their integers, for published architectures.
 
-Each is quantized by one batch and frozen, with weights of 8 and of 4 bits; sizes do not depend on
-what was learned, so the weights are the initial ones. Of each: bytes of the integers (weights
+Each is quantized by one batch and frozen, with weights of 8 and of 4 bits. The weights are the
+initial ones, and vectors are moved at random: biases of zeros would be stored once. Of each: bytes of the integers (weights
 packed as their bits allow, biases of int32); what else the network needs to be computed, a float32
 scale for each channel of a weight, and what is no integer (LayerNorm, embeddings, BatchNorm that
 folds into no layer); then the files. ONNX and LiteRT have no 4-bit convolutions that compute as
@@ -74,9 +74,11 @@ def measure(name: str, examples: int) -> list[dict[str, Any]]:
     """A row for each number of bits."""
     make, shape = NETWORKS[name]
     model = make()
-    x = np.random.default_rng(0).normal(size=(examples, *shape)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(examples, *shape)).astype(np.float32)
     batch = {"image": jnp.asarray(x)}
     params, model_state = model.init(jax.random.key(0), batch)
+    params = jax.tree.map(lambda x: _moved(x, rng) if x.ndim == 1 else x, params)
     rows = []
     for bits in (8, 4):
         small = ej.quantize.ptq(model, params, model_state, [batch], bits, 8)
@@ -103,6 +105,10 @@ def measure(name: str, examples: int) -> list[dict[str, Any]]:
         shown = ", ".join(f"{kind} {size / frozen.nbytes:.3f}x" for kind, size in files.items())
         say(f"{name}, {bits} bits: {frozen.nbytes:,} bytes of integers; {shown}")
     return rows
+
+
+def _moved(x: Any, rng: np.random.Generator) -> Any:
+    return x + rng.normal(0, 0.01, x.shape).astype(x.dtype)
 
 
 def _marked(frozen: Any) -> Callable[[Any], Any]:
