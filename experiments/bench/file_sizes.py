@@ -1,11 +1,12 @@
 """What exported files take beside their integers, for published architectures.
 
 Each is quantized by one batch and frozen, with weights of 8 and of 4 bits. The weights are the
-initial ones, and vectors are moved at random: biases of zeros would be stored once. Of each: bytes of the integers (weights
-packed as their bits allow, biases of int32); what else the network needs to be computed, a float32
-scale for each channel of a weight, and what is no integer (LayerNorm, embeddings, BatchNorm that
-folds into no layer); then the files. ONNX and LiteRT have no 4-bit convolutions that compute as
-trained, and are written at 8 bits. A StableHLO file is the compressed program and its weights.
+initial ones, and vectors are moved at random: biases of zeros would be stored once. Of each: bytes
+of the integers (weights packed as their bits allow, biases of int32); what else the network needs
+to be computed, a float32 scale for each channel of a weight, and what is no integer (LayerNorm,
+embeddings, BatchNorm that folds into no layer); then the files. ONNX and LiteRT have no 4-bit
+convolutions that compute as trained, and are written at 8 bits. A StableHLO file is the compressed
+program and its weights.
 
 A channel's integers are k k c bits / 8 bytes for k x k kernels over c channels, and its scale 4
 bytes: at 4 bits scales alone are 2% where k k c is 400. ONNX stores a channel's scale twice, for
