@@ -44,6 +44,7 @@ Papers: Cai et al., "Once-for-All", 2020, https://arxiv.org/abs/1908.09791; Yu e
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -202,7 +203,7 @@ class Trainer:
 
             return optax.adamw(schedule, weight_decay=1e-4)
 
-        def init(key: Array, start: "Start") -> ej.TrainState:
+        def init(key: Array, start: Start) -> ej.TrainState:
             tx, example = optimizer(jnp.float32(1), jnp.float32(1)), batches.example
             given = {"params": start.params, "model_state": start.model_state}
             state = ej.init_state(key, model, transform, tx, example, **given)
@@ -224,7 +225,7 @@ class Trainer:
         self.step = step
 
     def train(
-        self, part: Run, seed: int, steps: int, rate: float, start: "Start", **given: Any
+        self, part: Run, seed: int, steps: int, rate: float, start: Start, **given: Any
     ) -> ej.TrainState:
         """The trained state."""
         frozen = {"steps": jnp.float32(steps), "rate": jnp.float32(rate), **given}
@@ -333,16 +334,29 @@ class Bench:
     def within(self, budget: float) -> float:
         return budget * self.limit
 
-    def drawn(self, seed: int, budget: float) -> list[np.ndarray]:
-        """Architectures at random within a budget."""
-        found: list[np.ndarray] = []
+    def drawn(self, seed: int) -> dict[float, list[np.ndarray]]:
+        """Different architectures at random, some within each budget."""
+        found: dict[float, list[np.ndarray]] = {b: [] for b in sorted(self.config.budgets)}
+        taken: set[bytes] = set()
         many = np.asarray(self.net.draw(jax.random.key(seed + 1_000), 4_096))
-        for arch in many:
-            if getattr(self.costs(arch), self.cost) <= self.within(budget):
-                found.append(arch)
-            if len(found) == self.config.drawn:
-                return found
-        raise ConfigError(f"hardly a network costs less than {budget} of the largest.")
+        for budget, archs in found.items():
+            for arch in many:
+                fits = getattr(self.costs(arch), self.cost) <= self.within(budget)
+                if fits and arch.tobytes() not in taken and len(archs) < self.config.drawn:
+                    archs.append(arch)
+                    taken.add(arch.tobytes())
+            if len(archs) < self.config.drawn:
+                raise ConfigError(f"hardly a network costs less than {budget} of the largest.")
+        return found
+
+
+class Trained(NamedTuple):
+    """A network and its accuracies; `steps` are its own, none of the supernet's."""
+
+    arch: np.ndarray
+    validation: float
+    test: float
+    steps: int
 
 
 class Study:
@@ -380,10 +394,28 @@ class Study:
             if many := {n: c for n, c in counts().items() if c > 1}:
                 raise AssertionError(f"an architecture was compiled for: {many}")
             for (seed, budget), arch in chosen.items():
-                self.alone(bench, ALONE, seed, budget, [arch])
+                one = self.trained(bench, ALONE, seed, budget, 0, arch)
+                self.note(bench, ALONE, seed, budget, one)
             for seed in self.seeds:
-                for budget in self.config.budgets:
-                    self.alone(bench, RANDOM, seed, budget, bench.drawn(seed, budget))
+                self.random(bench, seed)
+
+    def random(self, bench: Bench, seed: int) -> None:
+        """Random search: within each budget the best by validation of all that was trained."""
+        found = [
+            self.trained(bench, RANDOM, seed, budget, i, arch)
+            for budget, archs in bench.drawn(seed).items()
+            for i, arch in enumerate(archs)
+        ]
+        costs = [int(getattr(bench.costs(one.arch), bench.cost)) for one in found]
+        for one, cost in zip(found, costs, strict=True):
+            facts = {"kind": bench.kind, "arm": RANDOM, "seed": seed, "cost": cost}
+            reached = {"validation": one.validation, "accuracy": one.test}
+            self.fronts.append({**facts, **reached})
+        for budget in self.config.budgets:
+            within = [
+                one for one, cost in zip(found, costs, strict=True) if cost <= bench.within(budget)
+            ]
+            self.note(bench, RANDOM, seed, budget, max(within, key=lambda one: one.validation))
 
     def train(self, bench: Bench, seed: int, start: Start) -> ej.TrainState:
         config, began = self.config, time.monotonic()
@@ -414,7 +446,7 @@ class Study:
             arch = np.array(best["genes"], np.int32)
             found[seed, budget] = arch
             accuracy = bench.judge(state, arch, test=True)
-            self.note(bench, SUPERNET, seed, budget, arch, best["validation"], accuracy)
+            self.note(bench, SUPERNET, seed, budget, Trained(arch, best["validation"], accuracy, 0))
             self.extract(bench, seed, budget, arch, state)
         say(f"{bench.kind} search, seed {seed}: {time.monotonic() - began:.0f} s")
         return found
@@ -462,62 +494,46 @@ class Study:
         assert exact.macs == self.points[-1]["macs"], "the extracted network multiplies as counted"
         assert exact.bytes >= self.points[-1]["bytes"], "no more is stored than was counted"
 
-    def alone(
-        self, bench: Bench, arm: str, seed: int, budget: float, archs: list[np.ndarray]
-    ) -> None:
-        """Trains architectures from scratch, and notes the best by validation."""
+    def trained(
+        self, bench: Bench, arm: str, seed: int, budget: float, number: int, arch: np.ndarray
+    ) -> Trained:
+        """An architecture from scratch."""
         config, began, joint = self.config, time.monotonic(), bench.kind == "joint"
         steps = config.steps + (config.further if joint else 0)
         if arm == RANDOM:
             passes = (2 + config.samples) * steps
             steps = passes // (config.drawn * len(config.budgets))
-        found = []
-        for i, arch in enumerate(archs):
-            # Dense and of 8 bits, as long as a share of the steps of the supernets was.
-            first = arch.copy()
-            for gene, name in enumerate(bench.net.names):
-                if name.startswith(("bits", "sparsity")):
-                    first[gene] = len(bench.net.values[gene]) - 1
-            share = config.steps / (config.steps + config.further) if joint else 0.0
-            label = f"{bench.kind}-{arm.replace(' ', '-')}-{budget}-{i}-seed{seed}"
-            part = self.here.part(label)
-            done = read_json(part.path / "result.json")
-            if done is None or done["genes"] != arch.tolist():
-                state = bench.alone.train(
-                    part,
-                    seed + 100 * i,
-                    steps,
-                    config.learning_rate,
-                    Start(),
-                    until=jnp.int32(share * steps),
-                    first=jnp.asarray(first),
-                    last=jnp.asarray(arch),
-                )
-                done = {"genes": arch.tolist(), "validation": bench.judge(state, arch, ALONE)}
-                done["test"] = bench.judge(state, arch, ALONE, test=True)
-                write_json(part.path / "result.json", done)
-            found.append((done["validation"], done["test"], arch))
-            cost = int(getattr(bench.costs(arch), bench.cost))
-            facts = {"kind": bench.kind, "arm": arm, "seed": seed, "cost": cost}
-            if arm == RANDOM:
-                reached = {"validation": done["validation"], "accuracy": done["test"]}
-                self.fronts.append({**facts, **reached})
-        validation, accuracy, arch = max(found, key=lambda x: x[0])
-        self.note(bench, arm, seed, budget, arch, validation, accuracy, steps)
-        say(f"{bench.kind}, {arm}, {budget}, seed {seed}: {time.monotonic() - began:.0f} s")
+        # Dense and of 8 bits, as long as a share of the steps of the supernets was.
+        first = arch.copy()
+        for gene, name in enumerate(bench.net.names):
+            if name.startswith(("bits", "sparsity")):
+                first[gene] = len(bench.net.values[gene]) - 1
+        share = config.steps / (config.steps + config.further) if joint else 0.0
+        # The genes are in the name: an interrupted training is gone on with for them alone.
+        genes = hashlib.sha256(arch.astype(np.int32).tobytes()).hexdigest()[:8]
+        kind = arm.replace(" ", "-")
+        part = self.here.part(f"{bench.kind}-{kind}-{budget}-{number}-{genes}-seed{seed}")
+        done = read_json(part.path / "result.json")
+        if done is None:
+            state = bench.alone.train(
+                part,
+                seed + 100 * number,
+                steps,
+                config.learning_rate,
+                Start(),
+                until=jnp.int32(share * steps),
+                first=jnp.asarray(first),
+                last=jnp.asarray(arch),
+            )
+            done = {"genes": arch.tolist(), "validation": bench.judge(state, arch, ALONE)}
+            done["test"] = bench.judge(state, arch, ALONE, test=True)
+            write_json(part.path / "result.json", done)
+        say(f"{part.label}: {done['test']:.2%}, {time.monotonic() - began:.0f} s")
+        return Trained(arch, done["validation"], done["test"], steps)
 
-    def note(
-        self,
-        bench: Bench,
-        arm: str,
-        seed: int,
-        budget: float,
-        arch: np.ndarray,
-        validation: float,
-        accuracy: float,
-        steps: int = 0,
-    ) -> None:
+    def note(self, bench: Bench, arm: str, seed: int, budget: float, one: Trained) -> None:
         """Adds a row."""
+        arch = one.arch
         costs = {n: int(x) for n, x in bench.costs(arch)._asdict().items()}
         unit = "MACs" if bench.cost == "macs" else "bytes"
         row = {
@@ -527,13 +543,13 @@ class Study:
             "budget": budget,
             "seed": seed,
             "genes": arch.tolist(),
-            "validation": float(validation),
-            "accuracy": accuracy,
-            "steps": steps,
+            "validation": float(one.validation),
+            "accuracy": one.test,
+            "steps": one.steps,
             **costs,
         }
         self.rows.append(row)
-        say(f"{row['name']}, seed {seed}: {accuracy:.2%}, {costs[bench.cost]:,} {unit}")
+        say(f"{row['name']}, seed {seed}: {one.test:.2%}, {costs[bench.cost]:,} {unit}")
 
 
 def predictor(model: ej.Model, weights: Any, batch: PyTree) -> Callable[[], Any]:
