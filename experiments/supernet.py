@@ -25,7 +25,7 @@ What is chosen is compared with
 The chosen networks are cut out of the supernets, and their outputs, MACs and bytes compared with
 what the view gives and what was counted. Those of the first seed are timed beside the largest.
 
-Expected: within 1 point of alone, and above random search at equal cost. Published, for
+Expected: within 1 point of alone, and as good as random search at equal cost. Published, for
 orientation (ImageNet, networks of a supernet without further training): BigNAS 76.5 at 200 to 80.9
 at 1,000 million MACs; Once-for-All 80.0 below 600 million. A wider space is harder to share: where
 the channels of the stem and between blocks are elastic too, all features of the smallest networks
