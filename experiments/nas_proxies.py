@@ -17,8 +17,12 @@ benchmark's size.
 The committed table has six of the proxies and one seed:
 --proxies synflow jacob_cov snip grad_norm grasp naswot --seeds 1.
 
+Beside it lies one of networks with three cells a stage:
+--depth 3 --pixels 8 --cells 200 --proxies snip grad_norm --seeds 1.
+
 Command: python -m experiments nas_proxies
-Cost: 15 minutes of one CPU core for the committed table; that of the whole was not measured.
+Cost: 15 minutes of one CPU core for the committed table and 6 for the one beside it; that of the
+  whole was not measured.
 
 Papers: Abdelfattah et al. 2021, https://arxiv.org/abs/2101.08134; Mellor et al. 2021,
 https://arxiv.org/abs/2006.04647; Lin et al. 2021, https://arxiv.org/abs/2102.01063; Dong and Yang
@@ -341,4 +345,4 @@ def figures(results: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any
         axes.set_ylabel("Spearman's rho with accuracy")
         axes.legend(frameon=False)
         set_footer(figure, source)
-    return {NAME: figure}
+    return {stem(results["config"]["depth"]): figure}
