@@ -394,7 +394,7 @@ class Study:
             if many := {n: c for n, c in counts().items() if c > 1}:
                 raise AssertionError(f"an architecture was compiled for: {many}")
             for (seed, budget), arch in chosen.items():
-                one = self.trained(bench, ALONE, seed, budget, 0, arch)
+                one = self.from_scratch(bench, ALONE, seed, budget, 0, arch)
                 self.note(bench, ALONE, seed, budget, one)
             for seed in self.seeds:
                 self.random(bench, seed)
@@ -402,7 +402,7 @@ class Study:
     def random(self, bench: Bench, seed: int) -> None:
         """Random search: within each budget the best by validation of all that was trained."""
         found = [
-            self.trained(bench, RANDOM, seed, budget, i, arch)
+            self.from_scratch(bench, RANDOM, seed, budget, i, arch)
             for budget, archs in bench.drawn(seed).items()
             for i, arch in enumerate(archs)
         ]
@@ -494,7 +494,7 @@ class Study:
         assert exact.macs == self.points[-1]["macs"], "the extracted network multiplies as counted"
         assert exact.bytes >= self.points[-1]["bytes"], "no more is stored than was counted"
 
-    def trained(
+    def from_scratch(
         self, bench: Bench, arm: str, seed: int, budget: float, number: int, arch: np.ndarray
     ) -> Trained:
         """An architecture from scratch."""
