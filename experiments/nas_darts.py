@@ -16,7 +16,7 @@ the steps is 9, where it is 6 as published. BatchNorm in the cells has no scale 
 published. GDAS's temperature falls from 10 to 0.1. All but GDAS are one compiled program.
 
 Command: python -m experiments nas_darts
-Cost: 25 minutes of one CPU core; as much again with DARTS- and GDAS (--arms).
+Cost: half an hour of one CPU core; perhaps as much again with DARTS- and GDAS (--arms).
 
 Papers: Liu et al. 2019, https://arxiv.org/abs/1806.09055; Dong and Yang 2020,
 https://arxiv.org/abs/2001.00326; Ye et al. 2022, https://arxiv.org/abs/2203.01665; Chu et al. 2021,
