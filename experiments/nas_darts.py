@@ -11,8 +11,8 @@ DARTS, ended when a cell has two skip connections.
 
 Reduced: 3 cells a stage in place of 5, 8 channels in place of 16, images of 8 x 8 (means of 4 x 4
 pixels), 3,000 steps of 32 + 32 images in place of 20,000 of 64 + 64. With one cell a stage and
-images of 16 x 16 it was only some of the searches that collapsed. Logits learn faster: Adam's rate times
-the steps is 9, where it is 6 as published. BatchNorm in the cells has no scale and shift, as
+images of 16 x 16 it was only some of the searches that collapsed. Logits learn faster: Adam's rate
+times the steps is 9, where it is 6 as published. BatchNorm in the cells has no scale and shift, as
 published. GDAS's temperature falls from 10 to 0.1. All but GDAS are one compiled program.
 
 Command: python -m experiments nas_darts
