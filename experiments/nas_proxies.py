@@ -9,16 +9,17 @@ first of them.
 
 Published, on all 15,625 cells with networks of the benchmark's size (5 cells a stage, 16 channels,
 32 x 32 pixels, batches of 64): synflow 0.74, jacob_cov 0.73, snip 0.58, grad_norm 0.58, grasp 0.48,
-fisher 0.36. The networks here are smaller: 1 cell a stage, 16 channels, images of 16 x 16 (means of
-2 x 2 pixels), batches of 32; so the weights outside of the cells are a larger part of them, and
-three proxies are shown for the cells' weights alone as well. Parameters and MACs are those of the
-benchmark's size.
+fisher 0.36. The networks here are smaller by default: 1 cell a stage, 16 channels, images of
+16 x 16 (means of 2 x 2 pixels), batches of 32; so the weights outside of the cells are a larger
+part of them, and three proxies are shown for the cells' weights alone as well. Parameters and MACs
+are those of the benchmark's size.
 
 The committed table has six of the proxies and one seed:
 --proxies synflow jacob_cov snip grad_norm grasp naswot --seeds 1.
 
-Beside it lies one of networks with three cells a stage:
---depth 3 --pixels 8 --cells 200 --proxies snip grad_norm --seeds 1.
+Beside it lies one of networks of the benchmark's own size, for the three that need it:
+--depth 5 --pixels 32 --batch 64 --cells 200 --proxies snip grad_norm grasp --seeds 1.
+Networks of several cells a stage are loops over them, see `models/nasbench201_scanned.py`.
 
 Command: python -m experiments nas_proxies
 Cost: 15 minutes of one CPU core for the committed table and 6 for the one beside it; that of the
@@ -50,6 +51,7 @@ from experiments.harness.progress import say
 from experiments.harness.runs import open_run
 from experiments.harness.tables import load_table
 from experiments.models import nasbench201 as bench
+from experiments.models import nasbench201_scanned as scanned
 from experiments.sparse_report import cross_entropy, publish
 
 NAME = "nas_proxies"
@@ -73,6 +75,8 @@ ORDER = (
     *("synflow", "jacob_cov", "snip", "snip, cells", "grad_norm", "grad_norm, cells"),
     *("grasp", "grasp, cells", "fisher", "naswot", "zen"),
 )
+# These read activations by layer, which loops over cells do not give.
+BY_LAYER = ("fisher", "naswot", "zen")
 SIZES = ("parameters", "MACs")
 # ReLUs' outputs enter all convolutions but the first one and the shortcuts.
 AFTER_RELU = r"(edge_.*|first|second)/conv/kernel$"
@@ -117,6 +121,11 @@ class Config:
             raise ConfigError(f"again is {self.again} of {self.cells} cells; it is at most that.")
         if unknown := sorted(set(self.proxies) - set(ORDER)):
             raise ConfigError(f"there are no proxies {unknown}; there are {list(ORDER)}.")
+        if self.depth > 1 and (named := sorted(set(self.proxies) & set(BY_LAYER))):
+            raise ConfigError(
+                f"depth is {self.depth} and the proxies have {named}: they read activations by "
+                "layer, and networks of several cells a stage are loops. Name others: --proxies."
+            )
 
     def programs(self) -> dict[str, tuple[str, ...]]:
         """What each program scores, by the suffix of its records."""
@@ -143,7 +152,7 @@ def active(edges: Array) -> dict[str, Array]:
 
 def scorer(spec: bench.Spec, names: Sequence[str]) -> Callable[..., dict[str, Array]]:
     """(edges, params, model_state, batch, key) -> {proxy: score}, one program for all cells."""
-    apply = bench.model(spec).apply
+    apply = (bench if spec.cells == 1 else scanned).model(spec).apply
     ending = bench.model(replace(spec, features=True)).apply
 
     def zen(params: PyTree, rest: tuple[PyTree, PyTree], key: Array, counted: Any) -> Array:

@@ -154,19 +154,21 @@ def weights(spec: Spec, edges: Array | None) -> Array | None:
 
 
 class LinenOperation(nn.Module):
-    """ReLU, convolution, BatchNorm."""
+    """ReLU, convolution (as `convolve` computes it, if given), BatchNorm."""
 
     features: int
     size: int
     stride: int
     momentum: float
     affine: bool
+    convolve: Any = None
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         pads = ((self.size // 2, self.size // 2),) * 2
         window, strides = (self.size, self.size), (self.stride, self.stride)
         how: dict[str, Any] = {"padding": pads, "use_bias": False, "kernel_init": INIT}
+        how |= {"conv_general_dilated": self.convolve}
         x = nn.Conv(self.features, window, strides, name="conv", **how)(nn.relu(x))
         own: dict[str, Any] = {"use_scale": self.affine, "use_bias": self.affine}
         return nn.BatchNorm(not train, momentum=self.momentum, name="norm", **own)(x)

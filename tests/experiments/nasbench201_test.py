@@ -12,6 +12,7 @@ from effjax.nas import extract, nasbench201
 from effjax.nas.tabular import OPERATIONS
 from effjax.select import leaves
 from experiments.models import nasbench201 as bench
+from experiments.models import nasbench201_scanned as scanned
 
 IMAGE = jax.random.normal(jax.random.key(1), (4, 6, 6, 3))
 SMALL = bench.Spec(width=4, cells=1, stages=2)
@@ -69,6 +70,36 @@ def test_one_program_computes_every_cell():
         for name, x in leaves(own_moved).items():
             close(leaves(moved)[name], x)
     assert len(traces) == 1
+
+
+def test_loops_over_the_cells_of_a_stage_are_the_same_network():
+    """Outputs and gradients, by one program for all cells."""
+    spec = replace(SMALL, cells=2, stages=1)
+    params, state = drawn(shapes_of(spec))
+    params = jax.tree.map(lambda x: x - 0.5, params)
+
+    def both(apply):
+        def found(edges):
+            def loss(params):
+                batch = {"image": IMAGE, "edges": edges}
+                outputs = apply(params, state, batch, KEY, True)[0]
+                return jnp.mean(jnp.square(outputs)), outputs
+
+            slopes, outputs = jax.grad(loss, has_aux=True)(params)
+            return outputs, slopes
+
+        return jax.jit(found, compiler_options=QUICK)
+
+    loops, whole = both(scanned.model(spec).apply), both(bench.model(spec).apply)
+    for cell in [(3, 2, 4, 1, 0, 3), (4, 1, 2, 2, 3, 0)]:
+        (outputs, slopes), (want, others) = loops(bench.one_hot(cell)), whole(bench.one_hot(cell))
+        close(outputs, want)
+        # Gradients before a BatchNorm that vanish are compared with those that do not.
+        largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(others))
+        for name, x in leaves(others).items():
+            np.testing.assert_allclose(leaves(slopes)[name], x, atol=1e-5 * largest, rtol=1e-4)
+    with pytest.raises(ValueError, match="that of all cells"):
+        scanned.model(replace(spec, cell=(0,) * 6))
 
 
 QUICK = {"xla_backend_optimization_level": 0}
