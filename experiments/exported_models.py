@@ -62,7 +62,7 @@ class Config:
     """
 
     kinds: tuple[str, ...] = KINDS
-    steps: int = 300
+    steps: int = 1_500
     batch: int = 64
     learning_rate: float = 2e-3
     seeds: int = 3
@@ -87,7 +87,7 @@ def model(kind: str) -> ej.Model:
             mobilenet.Spec(width=0.5, classes=10, table=table, last=128, channels=1)
         )
     return vit.model(
-        vit.Spec(features=48, heads=(3, 3), hidden=(96, 96), size=28, patch=7, channels=1)
+        vit.Spec(features=96, heads=(3, 3), hidden=(192, 192), size=28, patch=7, channels=1)
     )
 
 
