@@ -63,7 +63,8 @@ class Config:
       epochs: a student's passes over the training images.
       teacher_epochs: a teacher's; with dropout and moved images it needs more of them.
       batch: images a step.
-      learning_rate: the largest, of a cosine schedule.
+      learning_rate: a student's largest, of a cosine schedule.
+      teacher_rate: a teacher's.
       temperature: of the softened outputs.
       alpha: weight of the distillation term; the labels have 1 - alpha.
       teacher: units of each of the teacher's hidden layers.
@@ -76,10 +77,11 @@ class Config:
 
     seeds: int = 3
     seed: int = 0
-    epochs: int = 150
+    epochs: int = 40
     teacher_epochs: int = 280
     batch: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
+    teacher_rate: float = 1e-3
     temperature: float = 20.0
     alpha: float = 0.9
     teacher: tuple[int, ...] = (1200, 1200)
@@ -97,6 +99,7 @@ class Config:
             teacher_epochs=(1, 10_000),
             batch=(1, 10_000),
             learning_rate=(1e-8, 10),
+            teacher_rate=(1e-8, 10),
             temperature=(1e-3, 1e3),
             alpha=(0, 1),
             teacher=(1, 10_000),
@@ -158,7 +161,8 @@ class Trainer:
         def loss(logits: jax.Array, batch: PyTree) -> jax.Array:
             return weight * cross_entropy(logits, batch)
 
-        rate = optax.cosine_decay_schedule(config.learning_rate, steps)
+        largest = config.teacher_rate if name == TEACHER else config.learning_rate
+        rate = optax.cosine_decay_schedule(largest, steps)
         bound = [bounded_norm(config.max_norm)] if name == TEACHER else []
         tx = optax.chain(optax.adam(rate), *bound)
         example = batches(0).example
