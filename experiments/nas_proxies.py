@@ -22,8 +22,8 @@ Beside it lies one of networks of the benchmark's own size, for the three that n
 Networks of several cells a stage are loops over them, see `models/nasbench201_scanned.py`.
 
 Command: python -m experiments nas_proxies
-Cost: 15 minutes of one CPU core for the committed table and 6 for the one beside it; that of the
-  whole was not measured.
+Cost: 15 minutes of one CPU core for the committed table and half an hour for the one beside it;
+  that of the whole was not measured.
 
 Papers: Abdelfattah et al. 2021, https://arxiv.org/abs/2101.08134; Mellor et al. 2021,
 https://arxiv.org/abs/2006.04647; Lin et al. 2021, https://arxiv.org/abs/2102.01063; Dong and Yang

@@ -114,7 +114,7 @@ def test_searches_that_there_are_not():
 
 def test_more_cells_a_stage_are_written_beside_the_other_results():
     assert nas_proxies.stem(1) == "nas_proxies"
-    assert nas_proxies.stem(3) == "nas_proxies_depth3"
+    assert nas_proxies.stem(5) == "nas_proxies_depth5"
 
 
 @pytest.mark.slow
