@@ -317,11 +317,12 @@ def tables(results: dict[str, Any]) -> dict[str, Table]:
         Column("published", "published", ".2f", None),
     ]
     several = config["seeds"] > 1
+    cells = "cell" if config["depth"] == 1 else "cells"
     if several:
         columns.append(Column("subset", f"{config['again']} cells, {config['seeds']} seeds", ".2f"))
     caption = (
         f"Proxies against validation accuracy on CIFAR-10 of {config['cells']} random cells of "
-        f"NAS-Bench-201; {config['depth']} cell a stage of {config['width']} channels, "
+        f"NAS-Bench-201; {config['depth']} {cells} a stage of {config['width']} channels, "
         f"{config['batch']} images of {config['pixels']} x {config['pixels']} pixels. Intervals by "
         "bootstrap over cells"
     )
