@@ -4,8 +4,8 @@ The weights lie beside the program, as MODEL.safetensors. TEST.npz holds what th
 its inputs' names, and the right answers as "label".
 """
 
-import gzip
 import json
+import lzma
 import sys
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def read(path):
 
 def classify(path, test):
     """The classes of all examples."""
-    program = jax.export.deserialize(bytearray(gzip.decompress(path.read_bytes())))
+    program = jax.export.deserialize(bytearray(lzma.decompress(path.read_bytes())))
     _, inputs = jax.tree.unflatten(program.in_tree, program.in_avals)[0]
     given = {name: test[name] for name in inputs}
     outputs = jax.jit(program.call)(read(path.with_suffix(".safetensors")), given)

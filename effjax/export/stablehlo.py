@@ -1,14 +1,14 @@
 """StableHLO: a frozen model as a program of XLA's own, for jax on any platform.
 
 Two files. The program is what `jax.export` serializes, for any size of batch and for several
-platforms, compressed by gzip; the weights lie beside it as safetensors, integers of less than 8
+platforms, compressed by xz; the weights lie beside it as safetensors, integers of less than 8
 bits several to a byte, and are arguments of the program. Or one file, with the weights as
 constants. jax and NumPy read either.
 """
 
 import contextlib
-import gzip
 import json
+import lzma
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -127,8 +127,8 @@ def save_stablehlo(path: str | Path, program: Program) -> int:
 
 def files(path: Path, program: Program) -> dict[Path, bytes]:
     """What `save_stablehlo` writes."""
-    # Most of a program is names and repetition. Without a time: equal programs, equal files.
-    found = {path: gzip.compress(program.program, mtime=0)}
+    # Most of a program is names and repetition.
+    found = {path: lzma.compress(program.program)}
     if program.weights:
         found[path.with_suffix(WEIGHTS)] = safetensors(program.weights)
     return found
@@ -143,7 +143,7 @@ def load_stablehlo(path: str | Path) -> Program:
     path = Path(path)
     beside = path.with_suffix(WEIGHTS)
     try:
-        program = gzip.decompress(path.read_bytes())
+        program = lzma.decompress(path.read_bytes())
         exported = jax.export.deserialize(bytearray(program))
     except Exception as error:
         raise ExportError(f"{path} cannot be read as a program of jax.export: {error}.") from error

@@ -23,10 +23,10 @@ from tests import nets
 IMAGES = {"image": nets.BATCH["image"]}
 
 ALONE = """
-import gzip, json, sys
+import json, lzma, sys
 import jax, jax.numpy as jnp, numpy as np
 
-program = jax.export.deserialize(bytearray(gzip.open(sys.argv[1]).read()))
+program = jax.export.deserialize(bytearray(lzma.open(sys.argv[1]).read()))
 raw = open(sys.argv[2], "rb").read()
 head = 8 + int.from_bytes(raw[:8], "little")
 kinds = {"F32": "float32", "I32": "int32", "I8": "int8", "U8": "uint8"}
