@@ -16,6 +16,7 @@ import numpy as np
 from effjax.core import PyTree
 from effjax.errors import ExportError
 from effjax.export.extras import need
+from effjax.export.litert_requantize import through_floats
 from effjax.export.litert_size import small
 from effjax.export.marker import is_marker, scope_of
 from effjax.jaxprs import Call, Eqn, Jaxpr, Remat, Ruled, is_literal, parts, rerun
@@ -100,7 +101,9 @@ def _converted(fn: Callable[..., PyTree], names: list[str], *avals: PyTree) -> b
         results = [path or "output" for path in leaves(outputs)]
         converter.set_signature(module.operation, "serving_default", names, results)
         converter.run_convert_to_tfl_passes(module, passes.PassManager(), options)
-        return small(converter.export_flatbuffer_to_bytes(module.operation))
+        data = converter.export_flatbuffer_to_bytes(module.operation)
+    schema = need("litert_converter.schema_py_generated", "litert")
+    return small(through_floats(schema.ModelT.InitFromPackedBuf(data, 0)))
 
 
 def _refusals() -> tuple[type[Exception], ...]:

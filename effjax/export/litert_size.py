@@ -7,13 +7,15 @@ import numpy as np
 from effjax.export.extras import need
 
 
-def small(data: bytes) -> bytes:
-    """The file without what the interpreter does not read: names of the tensors between layers
-    (lists of scopes, up to a hundred bytes each), remarks of the converter, empty tables and
-    buffers, and all but one of equal vectors."""
+def small(model: Any) -> bytes:
+    """A model's file without what the interpreter does not read: names of the tensors between
+    layers (lists of scopes, up to a hundred bytes each), remarks of the converter, empty tables and
+    buffers, and all but one of equal vectors.
+
+    Args:
+      model: `ModelT`, of one subgraph; it is changed in place.
+    """
     flatbuffers = need("flatbuffers", "litert")
-    schema = need("litert_converter.schema_py_generated", "litert")
-    model = schema.ModelT.InitFromPackedBuf(data, 0)
     (graph,) = model.subgraphs
     ends = {*graph.inputs, *graph.outputs}
     remarks = {entry.buffer for entry in model.metadata or ()}
@@ -30,7 +32,7 @@ def small(data: bytes) -> bytes:
         if tensor.quantization is not None and tensor.quantization.scale is None:
             tensor.quantization = None
     model.buffers = [model.buffers[i] for i in held]
-    builder = _sharing(flatbuffers.Builder)(len(data))
+    builder = _sharing(flatbuffers.Builder)(1 << 20)
     builder.Finish(model.Pack(builder), b"TFL3")
     return bytes(builder.Output())
 

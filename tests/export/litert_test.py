@@ -96,6 +96,20 @@ def test_weights_of_few_bits_are_packed():
     assert (eight - four, eight - two) == pytest.approx((128 * 64, 128 * 96), abs=200)
 
 
+def test_a_change_of_grid_is_exact():
+    """Of a ratio that XNNPACK's kernel from int8 to int8 has not: 1.2135 is 311 / 256 there."""
+    grids = [Quantizer(f"x:{s}", np.float32(s), -128, 127) for s in (0.0465634, 0.0383694)]
+
+    def apply(x):
+        return fake_quant(fake_quant(x, grids[0]), grids[1])
+
+    x = (np.arange(-128, 128) * grids[0].scale).astype(np.float32)[None]
+    data = to_litert(apply, aval(*x.shape))
+    units = run(data)(x)[0] / grids[1].scale
+    np.testing.assert_allclose(units, np.asarray(jax.jit(apply)(x)) / grids[1].scale, atol=1e-3)
+    assert kernels(data)["QUANTIZE float32"] == 2
+
+
 def test_an_operation_without_a_translation_is_named_with_its_layer():
     class Net(nn.Module):
         @nn.compact
