@@ -66,17 +66,19 @@ def model(spec: bench.Spec) -> ej.Model:
 
         def edge(e: int, x: Array, own: tuple[PyTree, PyTree]) -> Array:
             start, end = EDGES[e]
+
+            def convolution(operation: str, size: int) -> Callable[[Array], Array]:
+                name = f"edge_{start}{end}_{operation}"
+                how = (x.shape[-1], size, 1, spec.momentum, spec.affine)
+                module = bench.LinenOperation(*how, convolve=by_products)
+                return lambda x: run(module, (own[0][name], own[1][name]), x, train)
+
             known: dict[str, Callable[[Array], Array]] = {
                 "none": jnp.zeros_like,
                 "skip": lambda x: x,
                 "pool": bench.pool,
+                **{name: convolution(name, size) for name, size in bench.CONVOLUTIONS.items()},
             }
-            for operation, size in bench.CONVOLUTIONS.items():
-                name = f"edge_{start}{end}_{operation}"
-                own_of = (own[0][name], own[1][name])
-                how = (x.shape[-1], size, 1, spec.momentum, spec.affine)
-                module = bench.LinenOperation(*how, convolve=by_products)
-                known[operation] = lambda x, module=module, own=own_of: run(module, own, x, train)
             index = jnp.argmax(batch["edges"][e])
             return jax.lax.switch(index, [known[name] for name in OPERATIONS], x)
 
