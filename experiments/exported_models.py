@@ -12,7 +12,7 @@ is compared within a row, and is not what these networks reach.
 Expected (what is asked of the exports): the file's classes are the frozen function's for 99.9% of
 the test images and its accuracy QAT's within 0.1 points, for all kinds; 99.5% of each layer's
 integers the same to one unit, for the CNN.
-Cost: 20 minutes of one CPU core.
+Cost: 40 minutes of one CPU core.
 Command: python -m experiments exported_models --keep
 
 Paper: Jacob et al., "Quantization and training of neural networks for efficient
