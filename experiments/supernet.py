@@ -36,7 +36,7 @@ Trained alone, a network runs in the supernet's shapes, with zeros where it has 
 the same function with the same gradients, but its first weights are drawn for the larger layers.
 
 Command: python -m experiments supernet
-Cost: about two hours of one CPU core (60 trainings of 4,000 to 12,000 steps).
+Cost: about three hours of one CPU core (78 trainings of 2,000 to 12,000 steps).
 
 Papers: Cai et al., "Once-for-All", 2020, https://arxiv.org/abs/1908.09791; Yu et al., "BigNAS",
 2020, https://arxiv.org/abs/2003.11142; Deb et al., NSGA-II, 2002.
