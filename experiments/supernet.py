@@ -526,7 +526,7 @@ class Study:
         rates = {"until": jnp.int32(share * steps), "first": jnp.asarray(first)}
         part = self.part(bench, f"{arm}-{budget}-{number}", arch, seed)
         own = seed + 100 * number
-        return self.trained(bench, part, own, arch, steps, config.learning_rate, Start(), **rates)
+        return self.fitted(bench, part, own, arch, steps, config.learning_rate, Start(), **rates)
 
     def tune(
         self, bench: Bench, seed: int, budget: float, arch: np.ndarray, supernet: Start
@@ -536,7 +536,7 @@ class Study:
         start = Start(seen, supernet.model_state)
         part = self.part(bench, f"{TUNED.replace(',', '')}-{budget}-0", arch, seed)
         config, never = self.config, {"until": jnp.int32(0), "first": jnp.asarray(arch)}
-        return self.trained(
+        return self.fitted(
             bench, part, seed, arch, config.tuning, config.tuning_rate, start, **never
         )
 
@@ -545,7 +545,7 @@ class Study:
         genes = hashlib.sha256(arch.astype(np.int32).tobytes()).hexdigest()[:8]
         return self.here.part(f"{bench.kind}-{name.replace(' ', '-')}-{genes}-seed{seed}")
 
-    def trained(
+    def fitted(
         self,
         bench: Bench,
         part: Run,
