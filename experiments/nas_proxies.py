@@ -17,8 +17,8 @@ are those of the benchmark's size.
 The committed table has six of the proxies and one seed:
 --proxies synflow jacob_cov snip grad_norm grasp naswot --seeds 1.
 
-Beside it lies one of networks of the benchmark's own size, for the three that need it:
---depth 5 --pixels 32 --batch 64 --cells 200 --proxies snip grad_norm grasp --seeds 1.
+Beside it lies one of networks of the benchmark's own size, for the four that need it:
+--depth 5 --pixels 32 --batch 64 --cells 200 --proxies snip grad_norm grasp fisher --seeds 1.
 Networks of several cells a stage are loops over them, see `models/nasbench201_scanned.py`.
 
 Command: python -m experiments nas_proxies
@@ -75,8 +75,8 @@ ORDER = (
     *("synflow", "jacob_cov", "snip", "snip, cells", "grad_norm", "grad_norm, cells"),
     *("grasp", "grasp, cells", "fisher", "naswot", "zen"),
 )
-# These read activations by layer, which loops over cells do not give.
-BY_LAYER = ("fisher", "naswot", "zen")
+# These tell layers apart by their names, which loops over cells do not give.
+BY_NAME = ("naswot", "zen")
 SIZES = ("parameters", "MACs")
 # ReLUs' outputs enter all convolutions but the first one and the shortcuts.
 AFTER_RELU = r"(edge_.*|first|second)/conv/kernel$"
@@ -121,10 +121,10 @@ class Config:
             raise ConfigError(f"again is {self.again} of {self.cells} cells; it is at most that.")
         if unknown := sorted(set(self.proxies) - set(ORDER)):
             raise ConfigError(f"there are no proxies {unknown}; there are {list(ORDER)}.")
-        if self.depth > 1 and (named := sorted(set(self.proxies) & set(BY_LAYER))):
+        if self.depth > 1 and (named := sorted(set(self.proxies) & set(BY_NAME))):
             raise ConfigError(
-                f"depth is {self.depth} and the proxies have {named}: they read activations by "
-                "layer, and networks of several cells a stage are loops. Name others: --proxies."
+                f"depth is {self.depth} and the proxies have {named}: they tell layers apart by "
+                "name, and networks of several cells a stage are loops. Name others: --proxies."
             )
 
     def programs(self) -> dict[str, tuple[str, ...]]:
@@ -160,6 +160,13 @@ def scorer(spec: bench.Spec, names: Sequence[str]) -> Callable[..., dict[str, Ar
         drawn = proxies.gaussian(one, {name: x for name, x in params.items() if name != "head"})
         return proxies.zen(ending, drawn, *rest, two, active=counted)
 
+    def fisher(params: PyTree, model_state: PyTree, batch: PyTree) -> Array:
+        if spec.cells == 1:
+            return proxies.fisher(apply, params, model_state, batch, cross_entropy)
+        loops = scanned.model(spec, products=False).apply
+        layers = {name: scanned.stack(spec, x) for name, x in model_state.items()}
+        return proxies.fisher(loops, scanned.stack(spec, params), layers, batch, cross_entropy)
+
     def scores(
         edges: Array, params: PyTree, model_state: PyTree, batch: PyTree, key: Array
     ) -> dict[str, Array]:
@@ -171,7 +178,7 @@ def scorer(spec: bench.Spec, names: Sequence[str]) -> Callable[..., dict[str, Ar
             "snip": lambda: proxies.snip(*given, cross_entropy),
             "grad_norm": lambda: proxies.grad_norm(*given, cross_entropy),
             "grasp": lambda: proxies.grasp(*given, cross_entropy),
-            "fisher": lambda: proxies.fisher(*given, cross_entropy),
+            "fisher": lambda: fisher(params, *rest),
             "naswot": lambda: proxies.naswot(*given, select=AFTER_RELU, active=counted),
             "zen": lambda: zen(params, rest, key, counted),
             "snip, cells": lambda: proxies.snip(*given, cross_entropy, select=IN_CELLS),

@@ -3,8 +3,10 @@
 The same function of the same parameters as `nasbench201.model` where the edges' weights are
 one-hot, for networks of many cells: a stage is one `lax.scan`, whose program has one cell however
 deep the network is, and an edge runs the one operation that it has. Cells are computed again in the
-backward pass, so memory does not grow with the operations of all cells. Sites in loops and branches
-cannot be tapped: what reads activations by layer needs the other form.
+backward pass, so memory does not grow with the operations of all cells.
+
+What reads activations by layer (`ej.nas.proxies.fisher`) wants the weights of a loop as leaves of
+their own, see `stack`, and convolutions as such.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,10 +41,25 @@ def by_products(
     )
 
 
-def model(spec: bench.Spec) -> ej.Model:
+def stack(spec: bench.Spec, tree: PyTree) -> PyTree:
+    """Params or statistics with the cells of a stage as one subtree, "stage_0" and so on, whose
+    leaves have them along the first axis."""
+    found = {name: x for name, x in tree.items() if not name.startswith("cell_")}
+    for stage in range(spec.stages):
+        first = stage * spec.cells
+        cells = [tree[f"cell_{i}"] for i in range(first, first + spec.cells)]
+        found[f"stage_{stage}"] = jax.tree.map(lambda *xs: jnp.stack(xs), *cells)
+    return found
+
+
+def model(spec: bench.Spec, products: bool = True) -> ej.Model:
     """As `nasbench201.model(spec)`, with `batch["edges"]` one-hot; `init` is that one's.
 
-    The new statistics of BatchNorm are not kept: `apply` gives back the model_state that it got.
+    `apply` takes params and statistics as that one's, or as `stack` makes them. The new statistics
+    of BatchNorm are not kept: it gives back the model_state that it got.
+
+    Args:
+      products: compute the cells' convolutions as matrix products, see `by_products`.
 
     Raises:
       ValueError: the spec is of one cell, which needs neither branches nor other programs.
@@ -54,7 +71,10 @@ def model(spec: bench.Spec) -> ej.Model:
     def apply(
         params: PyTree, model_state: PyTree, batch: PyTree, key: Array, train: bool
     ) -> tuple[Array, PyTree]:
-        stats = model_state["batch_stats"]
+        params, stats = (
+            tree if "stage_0" in tree else stack(spec, tree)
+            for tree in (params, model_state["batch_stats"])
+        )
 
         def run(module: nn.Module, own: tuple[PyTree, PyTree], x: Array, *flags: bool) -> Array:
             """What a module makes of x with its own params and statistics."""
@@ -70,7 +90,7 @@ def model(spec: bench.Spec) -> ej.Model:
             def convolution(operation: str, size: int) -> Callable[[Array], Array]:
                 name = f"edge_{start}{end}_{operation}"
                 how = (x.shape[-1], size, 1, spec.momentum, spec.affine)
-                module = bench.LinenOperation(*how, convolve=by_products)
+                module = bench.LinenOperation(*how, convolve=by_products if products else None)
                 return lambda x: run(module, (own[0][name], own[1][name]), x, train)
 
             known: dict[str, Callable[[Array], Array]] = {
@@ -97,9 +117,7 @@ def model(spec: bench.Spec) -> ej.Model:
             if stage:
                 block = bench.LinenReduce(spec, spec.width * 2**stage)
                 x = run(block, at(f"reduce_{stage}"), x, train)
-            names = [f"cell_{i}" for i in range(stage * spec.cells, (stage + 1) * spec.cells)]
-            stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *map(at, names))
-            x, _ = jax.lax.scan(cell, x, stacked)
+            x, _ = jax.lax.scan(cell, x, at(f"stage_{stage}"))
         x = nn.relu(run(norm, at("last"), x))
         if not spec.features:
             x = run(nn.Dense(spec.classes), at("head"), x.mean((1, 2)))

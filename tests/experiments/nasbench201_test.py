@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.nas import extract, nasbench201
+from effjax.nas import extract, nasbench201, proxies
 from effjax.nas.tabular import OPERATIONS
 from effjax.select import leaves
 from experiments.models import nasbench201 as bench
@@ -100,6 +100,32 @@ def test_loops_over_the_cells_of_a_stage_are_the_same_network():
             np.testing.assert_allclose(leaves(slopes)[name], x, atol=1e-5 * largest, rtol=1e-4)
     with pytest.raises(ValueError, match="that of all cells"):
         scanned.model(replace(spec, cell=(0,) * 6))
+
+
+def test_fisher_saliencies_of_loops_are_those_of_the_layers():
+    spec = replace(SMALL, cells=2, stages=1)
+    params, state = drawn(shapes_of(spec))
+    params = jax.tree.map(lambda x: x - 0.5, params)
+
+    def loss(outputs, batch):
+        return jnp.mean(jnp.square(outputs))
+
+    def of(apply, params, state):
+        def found(edges):
+            batch = {"image": IMAGE, "edges": edges}
+            return proxies.fisher(apply, params, state, batch, loss)
+
+        return jax.jit(found, compiler_options=QUICK)
+
+    stacked = (
+        scanned.stack(spec, params),
+        {"batch_stats": scanned.stack(spec, state["batch_stats"])},
+    )
+    loops = of(scanned.model(spec, products=False).apply, *stacked)
+    whole = of(bench.model(spec).apply, params, state)
+    for cell in [(3, 2, 4, 1, 0, 3), (4, 1, 2, 2, 3, 0)]:
+        edges = bench.one_hot(cell)
+        assert loops(edges) == pytest.approx(float(whole(edges)), rel=1e-3)
 
 
 QUICK = {"xla_backend_optimization_level": 0}
