@@ -22,7 +22,7 @@ Beside it lies one of networks of the benchmark's own size, for the four that ne
 Networks of several cells a stage are loops over them, see `models/nasbench201_scanned.py`.
 
 Command: python -m experiments nas_proxies
-Cost: 15 minutes of one CPU core for the committed table and half an hour for the one beside it;
+Cost: 15 minutes of one CPU core for the committed table and 40 for the one beside it;
   that of the whole was not measured.
 
 Papers: Abdelfattah et al. 2021, https://arxiv.org/abs/2101.08134; Mellor et al. 2021,
