@@ -611,7 +611,8 @@ def run(config: Config) -> dict[str, Any]:
     study = Study(config)
     study.run()
     rows = study.rows
-    results: dict[str, Any] = {"rows": rows, "points": study.points, "trials": study.trials}
+    # The trials themselves are in the run's folder.
+    results: dict[str, Any] = {"rows": rows, "points": study.points}
     results |= {"fronts": study.fronts, "largest": study.largest}
     results["along"] = {kind: along(study.fronts, kind) for kind in COSTS}
     results |= {"compiled": study.compiled, "seconds": time.monotonic() - began}

@@ -117,6 +117,12 @@ def test_more_cells_a_stage_are_written_beside_the_other_results():
     assert nas_proxies.stem(5) == "nas_proxies_depth5"
 
 
+def test_proxies_that_loops_over_cells_have_not_are_refused():
+    with pytest.raises(ConfigError, match=r"depth is 5 and the proxies have \['naswot', 'zen'\]"):
+        nas_proxies.Config(depth=5, proxies=("snip", "zen", "naswot"))
+    assert nas_proxies.Config(depth=5, proxies=("snip", "fisher")).depth == 5
+
+
 @pytest.mark.slow
 def test_searches_are_looked_up_and_written(folders):
     small = {"batch": 4, "images": 64, "width": 2, "depth": 1, "pixels": 4, "dataset": "digits"}
