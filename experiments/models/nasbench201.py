@@ -56,6 +56,8 @@ class Spec:
       classes: number of outputs.
       affine: whether the BatchNorm of the cells' operations has a learned scale and shift; searches
         that mix operations do without.
+      biases: whether the cells' convolutions have biases: those of the authors of zero-cost proxies
+        have, the benchmark's have not; see `with_biases`.
       momentum: of the BatchNorm statistics.
       features: give the last feature maps, before the mean, in place of logits.
     """
@@ -67,6 +69,7 @@ class Spec:
     channels: int = 3
     classes: int = 10
     affine: bool = True
+    biases: bool = False
     momentum: float = 0.9
     features: bool = False
 
@@ -153,6 +156,24 @@ def weights(spec: Spec, edges: Array | None) -> Array | None:
     return edges
 
 
+def with_biases(key: Array, shape: Sequence[int], dtype: Any) -> Array:
+    """Initial weights of a convolution whose last input is 1 everywhere: of that one's weights the
+    middle ones of the window are the biases, uniform as the kernel, and the others are 0. (So a
+    bias belongs to what the convolution computes, for what reads activations by convolution.)"""
+    *window, inputs, features = shape
+    kernel = INIT(key, (*window, inputs - 1, features), dtype)
+    bound = 1 / np.sqrt(np.prod(window) * (inputs - 1))
+    biases = jax.random.uniform(jax.random.fold_in(key, 1), (features,), dtype, -bound, bound)
+    middle = tuple(size // 2 for size in window)
+    ones = jnp.zeros((*window, 1, features), dtype).at[(*middle, 0)].set(biases)
+    return jnp.concatenate([kernel, ones], axis=-2)
+
+
+def with_ones(x: Array) -> Array:
+    """x with one more channel, of ones."""
+    return jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+
+
 class LinenOperation(nn.Module):
     """ReLU, convolution (as `convolve` computes it, if given), BatchNorm."""
 
@@ -161,17 +182,28 @@ class LinenOperation(nn.Module):
     stride: int
     momentum: float
     affine: bool
+    biases: bool = False
     convolve: Any = None
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         pads = ((self.size // 2, self.size // 2),) * 2
         window, strides = (self.size, self.size), (self.stride, self.stride)
-        how: dict[str, Any] = {"padding": pads, "use_bias": False, "kernel_init": INIT}
+        init = with_biases if self.biases else INIT
+        how: dict[str, Any] = {"padding": pads, "use_bias": False, "kernel_init": init}
         how |= {"conv_general_dilated": self.convolve}
-        x = nn.Conv(self.features, window, strides, name="conv", **how)(nn.relu(x))
+        x = with_ones(nn.relu(x)) if self.biases else nn.relu(x)
+        x = nn.Conv(self.features, window, strides, name="conv", **how)(x)
         own: dict[str, Any] = {"use_scale": self.affine, "use_bias": self.affine}
         return nn.BatchNorm(not train, momentum=self.momentum, name="norm", **own)(x)
+
+
+def linen_operation(spec: Spec, features: int, operation: str) -> dict[str, Any]:
+    """The fields of a cell's LinenOperation."""
+    return {
+        "features": features, "size": CONVOLUTIONS[operation], "stride": 1,
+        "momentum": spec.momentum, "affine": spec.affine, "biases": spec.biases,
+    }  # fmt: skip
 
 
 class LinenCell(nn.Module):
@@ -183,8 +215,8 @@ class LinenCell(nn.Module):
     @nn.compact
     def __call__(self, x: Array, edges: Array | None, train: bool) -> Array:
         def convolve(name: str, operation: str, x: Array) -> Array:
-            own = (self.features, CONVOLUTIONS[operation], 1, self.spec.momentum, self.spec.affine)
-            return LinenOperation(*own, name=f"{name}_{operation}")(x, train)
+            own = linen_operation(self.spec, self.features, operation)
+            return LinenOperation(**own, name=f"{name}_{operation}")(x, train)
 
         return run_cell(x, self.spec, edges, convolve)
 
@@ -235,17 +267,20 @@ class NNXOperation(nnx.Module):
 
     def __init__(
         self, channels: int, features: int, size: int, stride: int, spec: Spec, affine: bool,
-        *, rngs: nnx.Rngs,
+        biases: bool = False, *, rngs: nnx.Rngs,
     ):  # fmt: skip
         pads = ((size // 2, size // 2),) * 2
-        how: dict[str, Any] = {"padding": pads, "use_bias": False, "kernel_init": INIT}
+        init = with_biases if biases else INIT
+        how: dict[str, Any] = {"padding": pads, "use_bias": False, "kernel_init": init}
         window, strides = (size, size), (stride, stride)
-        self.conv = nnx.Conv(channels, features, window, strides, rngs=rngs, **how)
+        self.biases = biases
+        self.conv = nnx.Conv(channels + biases, features, window, strides, rngs=rngs, **how)
         own: dict[str, Any] = {"use_scale": affine, "use_bias": affine, "momentum": spec.momentum}
         self.norm = nnx.BatchNorm(features, rngs=rngs, **own)
 
     def __call__(self, x: Array) -> Array:
-        return self.norm(self.conv(nnx.relu(x)))
+        x = nnx.relu(x)
+        return self.norm(self.conv(with_ones(x) if self.biases else x))
 
 
 class NNXCell(nnx.Module):
@@ -256,7 +291,7 @@ class NNXCell(nnx.Module):
         for e, (start, end) in enumerate(EDGES):
             for o in spec.operations(e):
                 if o in CONVOLUTIONS:
-                    own = (features, features, CONVOLUTIONS[o], 1, spec, spec.affine)
+                    own = (features, features, CONVOLUTIONS[o], 1, spec, spec.affine, spec.biases)
                     setattr(self, f"edge_{start}{end}_{o}", NNXOperation(*own, rngs=rngs))
 
     def __call__(self, x: Array, edges: Array | None) -> Array:
@@ -336,7 +371,8 @@ def counts(spec: Spec = Spec()) -> tuple[int, np.ndarray]:
         if name.startswith("cell"):
             for o, size in CONVOLUTIONS.items():
                 norm = 2 * features if spec.affine else 0
-                edges[:, OPERATIONS.index(o)] += size * size * features**2 + norm
+                kernel = size * size * (features + spec.biases) * features
+                edges[:, OPERATIONS.index(o)] += kernel + norm
     image = {"image": jax.ShapeDtypeStruct((1, 8, 8, spec.channels), jnp.float32)}
     bare = Spec(**{**vars(spec), "cell": (0,) * len(EDGES)})
     params, _ = jax.eval_shape(model(bare).init, jax.random.key(0), image)

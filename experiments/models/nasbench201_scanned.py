@@ -87,17 +87,17 @@ def model(spec: bench.Spec, products: bool = True) -> ej.Model:
         def edge(e: int, x: Array, own: tuple[PyTree, PyTree]) -> Array:
             start, end = EDGES[e]
 
-            def convolution(operation: str, size: int) -> Callable[[Array], Array]:
+            def convolution(operation: str) -> Callable[[Array], Array]:
                 name = f"edge_{start}{end}_{operation}"
-                how = (x.shape[-1], size, 1, spec.momentum, spec.affine)
-                module = bench.LinenOperation(*how, convolve=by_products if products else None)
+                how = bench.linen_operation(spec, x.shape[-1], operation)
+                module = bench.LinenOperation(**how, convolve=by_products if products else None)
                 return lambda x: run(module, (own[0][name], own[1][name]), x, train)
 
             known: dict[str, Callable[[Array], Array]] = {
                 "none": jnp.zeros_like,
                 "skip": lambda x: x,
                 "pool": bench.pool,
-                **{name: convolution(name, size) for name, size in bench.CONVOLUTIONS.items()},
+                **{name: convolution(name) for name in bench.CONVOLUTIONS},
             }
             index = jnp.argmax(batch["edges"][e])
             return jax.lax.switch(index, [known[name] for name in OPERATIONS], x)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from effjax.nas.tabular import OPERATIONS
 from effjax.select import leaves
 from experiments.models import nasbench201 as bench
 from experiments.models import nasbench201_scanned as scanned
+from experiments.sparse_report import cross_entropy
 
 IMAGE = jax.random.normal(jax.random.key(1), (4, 6, 6, 3))
 SMALL = bench.Spec(width=4, cells=1, stages=2)
@@ -102,8 +104,9 @@ def test_loops_over_the_cells_of_a_stage_are_the_same_network():
         scanned.model(replace(spec, cell=(0,) * 6))
 
 
-def test_fisher_saliencies_of_loops_are_those_of_the_layers():
-    spec = replace(SMALL, cells=2, stages=1)
+@pytest.mark.parametrize("biases", [False, True])
+def test_fisher_saliencies_of_loops_are_those_of_the_layers(biases):
+    spec = replace(SMALL, cells=2, stages=1, biases=biases)
     params, state = drawn(shapes_of(spec))
     params = jax.tree.map(lambda x: x - 0.5, params)
 
@@ -149,13 +152,60 @@ def test_the_cell_by_hand():
     np.testing.assert_allclose(bench.halve(x)[0, 1, 2, 0], x[0, 2:4, 4:6, 0].mean(), rtol=1e-5)
 
 
-def test_linen_and_nnx_are_one_network():
+def test_biases_are_weights_of_an_input_of_ones():
+    """One operation by hand, from its initial weights: those of the one without, and biases."""
+    x = jax.random.normal(KEY, (2, 5, 5, 3))
+    spec = replace(SMALL, affine=False, biases=True)
+    with_them = bench.LinenOperation(**bench.linen_operation(spec, 8, "conv3x3"))
+    own = {**bench.linen_operation(spec, 8, "conv3x3"), "biases": False}
+    variables = with_them.init(KEY, x, True)
+    kernel = variables["params"]["conv"]["kernel"]
+    assert kernel.shape == (3, 3, 4, 8)
+    plain = bench.LinenOperation(**own).init(KEY, x, True)["params"]["conv"]["kernel"]
+    np.testing.assert_array_equal(kernel[:, :, :3], plain)
+    biases = kernel[1, 1, 3]
+    assert np.count_nonzero(kernel[:, :, 3]) == np.count_nonzero(biases) == 8
+    assert np.abs(biases).max() <= 1 / np.sqrt(27)  # PyTorch's bound, of 3 x 3 x 3 inputs
+    how = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    sums = jax.lax.conv_general_dilated(nn.relu(x), plain, (1, 1), "SAME", **how) + biases
+    spread = jnp.var(sums, (0, 1, 2)) + 1e-5
+    found = with_them.apply(variables, x, True, mutable=["batch_stats"])[0]
+    close(found, (sums - sums.mean((0, 1, 2))) / jnp.sqrt(spread))
+
+
+def test_convolutions_of_nothing_make_the_fisher_saliency_large_where_they_have_biases():
+    """Their constant results have no variance, so BatchNorm's derivative is 1 / √ε = 316."""
+
+    def saliency(biases):
+        spec = replace(SMALL, stages=1, affine=False, biases=biases)
+        apply = bench.model(spec).apply
+        label = jnp.arange(len(IMAGE))
+        params, state = jax.jit(bench.model(spec).init, compiler_options=QUICK)(
+            KEY, {"image": IMAGE}
+        )
+
+        def found(edges):
+            batch = {"image": IMAGE, "label": label, "edges": edges}
+            return proxies.fisher(apply, params, state, batch, cross_entropy)
+
+        return jax.jit(found, compiler_options=QUICK)
+
+    # The one convolution reads node 1, which nothing reaches in the second cell.
+    whole, cut = bench.one_hot((1, 0, 0, 1, 3, 0)), bench.one_hot((0, 0, 0, 1, 3, 0))
+    with_biases, without = saliency(True), saliency(False)
+    assert with_biases(cut) > 100 * with_biases(whole)
+    assert without(cut) < without(whole)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_linen_and_nnx_are_one_network(biases):
     """Without weights of the edges in Linen, and with equal ones in NNX."""
-    params, state = drawn(shapes_of(SMALL, "nnx"))
+    spec = replace(SMALL, biases=biases)
+    params, state = drawn(shapes_of(spec, "nnx"))
     equal = np.full((6, 5), 0.2, np.float32)
 
     def run(library, params, state, batch):
-        return bench.model(SMALL, library).apply(params, state, batch, KEY, True)
+        return bench.model(spec, library).apply(params, state, batch, KEY, True)
 
     jitted = partial(jax.jit, compiler_options=QUICK)
     one, moved = jitted(partial(run, "nnx"))(params, state, {"image": IMAGE, "edges": equal})
