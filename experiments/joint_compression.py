@@ -1,7 +1,7 @@
 """Pruned, then quantized after training; against pruned, quantized and taught in one step.
 
 A small CNN is trained on Fashion-MNIST in floating point, three seeds. Then it is compressed to 80%
-sparsity and 8, 4 or 3 bits, in four ways that train on for as many steps:
+sparsity and 8, 4, 3 or 2 bits, in four ways that train on for as many steps:
 
 - pruned all the while, then quantized without training (prune, then PTQ);
 - pruned for half of them, then quantization-aware training with the masks kept (what TFMOT calls
@@ -75,7 +75,7 @@ class Config:
     seeds: int = 3
     seed: int = 0
     sparsity: float = 0.8
-    bits: tuple[int, ...] = (8, 4, 3)
+    bits: tuple[int, ...] = (8, 4, 3, 2)
     epochs: int = 5
     further: int = 6
     batch: int = 128
