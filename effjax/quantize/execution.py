@@ -24,6 +24,7 @@ class Entry(NamedTuple):
     act_bits: int | None
     channels: tuple[int, ...]  # axes of the weight that have scales of their own
     names: dict[int, str]  # {operand: name of its static range}
+    turned: bool = False  # whether the codes of the weight are stored transposed
 
 
 def state_of(transform: Transform, state: TrainState) -> Mapping[str, Any]:
@@ -67,6 +68,7 @@ def entry_of(
     facts: Mapping[str, Mapping[str, Any]],
     grouped: str,
     cpu: bool,
+    turned: bool,
 ) -> Entry:
     """How a site runs.
 
@@ -76,6 +78,7 @@ def entry_of(
       facts: see `Transform.describe`.
       grouped: see `integer`.
       cpu: whether the program is written for XLA's CPU backend.
+      turned: store the codes of a weight that is multiplied in integers transposed.
 
     Raises:
       SetupError: bits outside 2..8, tiled scales, sums that may exceed int32.
@@ -113,7 +116,7 @@ def entry_of(
                 f"it takes one for the weight or one for each of its {site.scales} channels. Train "
                 "it without tiles."
             )
-    return Entry(run, w, a, channels, names)
+    return Entry(run, w, a, channels, names, turned and run == "integer")
 
 
 def _check_sums(site: Site, largest: int, other: int) -> None:

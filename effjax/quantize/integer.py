@@ -15,7 +15,7 @@ from effjax.errors import SetupError
 from effjax.interpret import Handler, Operation, intercept
 from effjax.quantize import kernels, numerics
 from effjax.quantize.execution import Entry, check_selected, entry_of, state_of
-from effjax.quantize.stored import check_grids, store
+from effjax.quantize.stored import check_grids, codes_of, store
 from effjax.select import leaves
 from effjax.sites import Analysis, Site, analyze
 from effjax.step import TrainState, abstract, export
@@ -26,8 +26,9 @@ class Integer(NamedTuple):
     """A model in integers.
 
     apply: `(weights, model_state, batch, key, train) -> (outputs, model_state)`, not for training.
-    weights: {"codes": {site: integers}, "scales": {site: float32}, "inputs": {name: float32, the
-      scales of static activations}, "params": {path: leaves that stay in floating point}}.
+    weights: {"codes": {site: integers; of a matrix, in a program for CPU, transposed}, "scales":
+      {site: float32}, "inputs": {name: float32, the scales of static activations}, "params": {path:
+      leaves that stay in floating point}}.
     runs: {site: how}. "integer"; "float": both operands are rounded, and multiplied as floats;
       "weights": the weights alone are rounded; "inputs": the activations alone; "table": the rows
       of an embedding.
@@ -117,8 +118,10 @@ def integer(
     batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if _is_abstract(x) else x, batch)
     analysis, stays = _analyze(apply, params, model_state, batch)
     facts = transform.describe(state.vars.model, state.vars.extra, state.transform)
+    # The branches of a cond share a weight's codes.
+    kept = {site.path for site in analysis.sites if not kernels.turns(site)}
     entries = {
-        site.path: entry_of(site, own, facts, grouped, cpu)
+        site.path: entry_of(site, own, facts, grouped, cpu, cpu and site.path not in kept)
         for site in analysis.sites
         if site.path in own["scales"] or site.path in own["tables"]
     }
@@ -182,9 +185,7 @@ def _at(op: Operation, entry: Entry, cpu: bool) -> Array:
     site, operands = op.site, list(op.operands)
     scales: list[Array] = [jnp.ones(())] * 2
     if entry.weight_bits is not None and site.weight is not None:
-        shape = site.shapes[site.weight]
-        codes = kernels.unpack(op.given["codes"], shape, entry.weight_bits)
-        scale = op.given["scales"]
+        codes, scale = codes_of(op, entry), op.given["scales"]
         if entry.run == "integer":
             operands[site.weight], scales[site.weight] = codes, scale
         else:
@@ -204,7 +205,7 @@ def _at(op: Operation, entry: Entry, cpu: bool) -> Array:
             operands[i] = numerics.fake_quant(x, scale, grid)
     if entry.run != "integer":
         return op.run(*operands)
-    sums, params = kernels.multiply(op.run, site.op, *operands, cpu=cpu)
+    sums, params = kernels.multiply(op.run, site, *operands, cpu=cpu, turned=entry.turned)
     lhs, rhs = (
         kernels.in_output(s, site.op, params, side, sums.ndim) for side, s in enumerate(scales)
     )

@@ -4,6 +4,9 @@ XLA's CPU backend has a fast int8 matrix product; its int8 convolution is slow o
 slower than that of floats where it is depthwise. There a convolution of few channels is written as
 the matrix product of its patches, and a depthwise one as a sum of shifted products; both give the
 same integers as the operation itself. Other backends get the operation.
+
+That product arranges its second operand anew in every call, a few bytes from each row at a time. So
+a matrix of weights is stored transposed, and is the first operand where the others are few rows.
 """
 
 import math
@@ -14,30 +17,34 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from effjax.jaxprs import CONV
+from effjax.jaxprs import CONV, DOT
+from effjax.sites import Site
 
 LARGEST_SUM = 2**31 - 1
 FEW = 16  # input channels up to which a convolution is faster as a product of its patches
 ROWS = 2  # one row alone takes a slow path in XLA on CPU
+FEW_ROWS = 32  # up to which a matrix of weights is the first operand
 
 
 def multiply(
-    run: Callable[..., Array], op: str, lhs: Array, rhs: Array, *, cpu: bool
+    run: Callable[..., Array], site: Site, lhs: Array, rhs: Array, *, cpu: bool, turned: bool
 ) -> tuple[Array, Mapping[str, Any]]:
     """The operation at a site on integer codes.
 
     Args:
       run: see `effjax.interpret.Operation`.
-      op: the primitive's name.
       lhs: int8.
-      rhs: int8.
+      rhs: int8; as `turn` makes it where it is `turned`.
       cpu: choose what is fast in XLA on CPU.
 
     Returns:
       (int32 sums, exact where they fit; the primitive's parameters).
     """
-    traced = jax.make_jaxpr(run)(lhs.astype(jnp.float32), rhs.astype(jnp.float32))
+    op, of_floats = site.op, jax.ShapeDtypeStruct(site.rhs, jnp.float32)
+    traced = jax.make_jaxpr(run)(lhs.astype(jnp.float32), of_floats)
     params = next(e.params for e in traced.jaxpr.eqns if e.primitive.name == op)
+    if turned:
+        return _product(lhs, rhs).reshape(site.out), params
     if cpu and op == CONV and _plain(params):
         # Without it the rounding is fused into each of the slices, and done again in each.
         lhs = lax.optimization_barrier(lhs)
@@ -47,13 +54,48 @@ def multiply(
             return _patches(lhs, rhs, params), params
         if params["feature_group_count"] == channels > 1 and rhs.size == channels * taps:
             return _shifts(lhs, rhs, params), params
-    if cpu and op != CONV and params["dimension_numbers"] == (((lhs.ndim - 1,), (0,)), ((), ())):
-        rows = math.prod(lhs.shape[:-1])
-        if rhs.ndim == 2 and rows < ROWS:
-            flat = jnp.pad(lhs.reshape(rows, -1), ((0, ROWS - rows), (0, 0)))
-            out = lax.dot(flat, rhs, preferred_element_type=jnp.int32)
-            return out[:rows].reshape(*lhs.shape[:-1], -1), params
     return run(lhs, rhs, preferred_element_type=jnp.int32), params
+
+
+def turns(site: Site) -> bool:
+    """Whether a site multiplies rows with a matrix of weights: its last axes with their first."""
+    if site.op != DOT or site.weight != 1:
+        return False
+    count, ndim = len(site.contracting[1]), len(site.lhs)
+    return (
+        site.contracting[1] == tuple(range(count))
+        and site.contracting[0] == tuple(range(ndim - count, ndim))
+        and site.out == (*site.lhs[: ndim - count], *site.rhs[count:])
+    )
+
+
+def turn(codes: Array, site: Site) -> Array:
+    """The codes of a site that `turns`, as they are stored: [what is kept, what is summed over]."""
+    terms = math.prod(codes.shape[: len(site.contracting[1])])
+    return codes.reshape(terms, -1).T
+
+
+def turn_back(codes: Array, site: Site) -> Array:
+    """What `turn` was given."""
+    return codes.T.reshape(site.rhs)
+
+
+def _product(x: Array, codes: Array) -> Array:
+    """[..., terms] by [kept, terms]: int32 [rows, kept]."""
+    flat = x.reshape(-1, codes.shape[1])
+    rows = len(flat)
+    if rows < ROWS:
+        flat = jnp.pad(flat, ((0, ROWS - rows), (0, 0)))
+    if rows > FEW_ROWS:
+        return _last_axes(flat, codes)
+    # Without the barrier XLA turns the product round again.
+    return lax.optimization_barrier(_last_axes(codes, flat)).T[:rows]
+
+
+def _last_axes(lhs: Array, rhs: Array) -> Array:
+    """The product of two matrices whose last axes are summed over."""
+    axes = (((1,), (1,)), ((), ()))
+    return lax.dot_general(lhs, rhs, axes, preferred_element_type=jnp.int32)
 
 
 def _plain(params: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """What an integer program stores: codes of weights, and the check that evaluation agrees."""
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -41,6 +42,7 @@ def store(
         w, grid = op.operands[op.site.weight], numerics.grid(entry.weight_bits)
         scale = numerics.scale_of(numerics.absmax(w, entry.channels), grid)
         codes = numerics.round_to(w, scale, grid).astype(jnp.int8)
+        codes = kernels.turn(codes, op.site) if entry.turned else codes
         found = {"codes": kernels.pack(codes, entry.weight_bits), "scale": scale}
         return op.run(*op.operands), found
 
@@ -63,6 +65,18 @@ def store(
             "integer() a batch for which it runs, or leave these weights out of qat's `select`."
         )
     return found
+
+
+def codes_of(op: Operation, entry: Entry) -> Array:
+    """The stored codes of a site's weight, int8: of the weight's shape, or as `kernels.turn` makes
+    them."""
+    assert op.site.weight is not None
+    assert entry.weight_bits is not None
+    shape = op.site.shapes[op.site.weight]
+    if entry.turned:
+        terms = math.prod(shape[: len(op.site.contracting[1])])
+        shape = (math.prod(shape) // terms, terms)
+    return kernels.unpack(op.given["codes"], shape, entry.weight_bits)
 
 
 def check_grids(
@@ -89,7 +103,8 @@ def check_grids(
         entry, site, away = entries[op.site.path], op.site, jnp.zeros(())
         if entry.weight_bits is not None and site.weight is not None:
             w, scale = op.operands[site.weight], op.given["scale"]
-            codes = kernels.unpack(op.given["codes"], w.shape, entry.weight_bits)
+            codes = codes_of(op, entry)
+            codes = kernels.turn_back(codes, site) if entry.turned else codes
             # In bfloat16 the points of the grid are rounded.
             exact = (codes.astype(scale.dtype) * scale).astype(w.dtype)
             away = jnp.max(jnp.abs((w - exact).astype(scale.dtype) / scale))

@@ -45,7 +45,7 @@ ASKED = {"mlp": 3.0, "cnn": 2.0, "transformer": 1.5}
 class Config:
     """What is timed."""
 
-    kinds: tuple[str, ...] = ("mlp", "cnn", "transformer", "attention", "depthwise")
+    kinds: tuple[str, ...] = ("mlp", "wide mlp", "cnn", "transformer", "attention", "depthwise")
     batches: tuple[int, ...] = (1, 32, 128)
     samples: int = 15
     save: bool = True
@@ -55,12 +55,14 @@ class Config:
 
 
 class MLP(nn.Module):
-    """Three hidden layers of 1,024."""
+    """Three hidden layers."""
+
+    units: int = 1024
 
     @nn.compact
     def __call__(self, x, train):
         for i in range(3):
-            x = nn.relu(nn.Dense(1024, name=f"hidden{i}")(x))
+            x = nn.relu(nn.Dense(self.units, name=f"hidden{i}")(x))
         return nn.Dense(10, name="head")(x)
 
 
@@ -103,8 +105,9 @@ class Depthwise(nn.Module):
         return nn.Dense(10, name="head")(x.mean(axis=(1, 2)))
 
 
-KINDS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]] = {
+KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]] = {
     "mlp": (MLP, (784,), {}),
+    "wide mlp": (functools.partial(MLP, 4096), (784,), {}),
     "cnn": (CNN, (32, 32, 3), {}),
     "transformer": (Block, (64, 256), {}),
     "attention": (Block, (64, 256), {"products": True}),

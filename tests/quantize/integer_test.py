@@ -80,6 +80,9 @@ IMAGE = normal(2, 7, 6, 4)
 ONE = {
     "dense": (lambda p, x: x @ p["kernel"], normal(4, 3), X, 4),
     "one row": (lambda p, x: x @ p["kernel"], normal(4, 3), X[:1], 4),
+    "many rows": (lambda p, x: x @ p["kernel"], normal(4, 3), normal(9, 5, 4), 4),
+    "heads": (lambda p, x: jnp.tensordot(x, p["kernel"], 2), normal(2, 4, 3, 5), normal(6, 2, 4),
+              8),
     "einsum": (*PROGRAMS["einsum"][:1], normal(4, 2, 3), X, 4),
     "transposed": (*PROGRAMS["transposed operands"][:1], normal(4, 4), X, 4),
     "batched": (lambda p, x: jnp.einsum("lbi,lio->lbo", x, p["kernel"]), normal(3, 4, 5),
@@ -141,9 +144,11 @@ def test_by_hand():
     transform = qat(3, 4, ranges="static")
     apply, state = fresh(lambda p, x: x @ p["kernel"], transform, {"kernel": w}, x)
     small = integer(apply, transform, state, x)
-    assert kernels.unpack(small.weights["codes"]["kernel"], (3, 2), 3).tolist() == [
-        [3, 0], [-2, 3], [0, 1],
-    ]  # fmt: skip
+    # A matrix, in a program for CPU: [kept, summed over].
+    codes = kernels.unpack(small.weights["codes"]["kernel"], (2, 3), 3)
+    assert codes.tolist() == [[3, -2, 0], [0, 3, 1]]
+    other = integer(apply, transform, state, x, backend="tpu").weights["codes"]["kernel"]
+    assert kernels.unpack(other, (3, 2), 3).tolist() == codes.T.tolist()
     np.testing.assert_allclose(small.weights["scales"]["kernel"], [[1.0, 0.7 / 3]], rtol=1e-6)
     assert small.weights["inputs"] == {"kernel": 1.0}
     # 7·3 + 2·2 and -2·3 + 1·1, times the scales
@@ -322,7 +327,8 @@ def test_weights_are_arguments_and_may_be_donated():
     outputs, _ = jax.jit(predict, donate_argnums=1)(small.weights, images + 0)
     np.testing.assert_allclose(outputs, wanted, rtol=1e-5, atol=1e-6)
     text = jax.jit(predict).lower(small.weights, images).as_text()
-    assert "xi8>, tensor<64x32xi8>) -> tensor<24x32xi32>" in text.replace("tensor<24x64", "")
+    # The weights, transposed, by the activations.
+    assert "(tensor<32x64xi8>, tensor<24x64xi8>) -> tensor<32x24xi32>" in text
 
 
 def test_masks_are_applied():
