@@ -102,6 +102,7 @@ TRANSFORMS = {
     "ema": lambda model: ej.prune.ema(0.9),
     "qat": lambda model: ej.quantize.qat(),
     "qat_static": lambda model: ej.quantize.qat(ranges="static", start=1),
+    "qat_integer": lambda model: ej.quantize.qat(forward="integer"),
     "lsq": lambda model: ej.quantize.lsq(8, 8),
     "lsq_plus": lambda model: ej.quantize.lsq_plus(8, 8, per_channel=True),
     "pact": lambda model: ej.quantize.pact(8, 8),

@@ -150,12 +150,12 @@ def bit_search(
                 mixture += share[i] * rounded(x, width)
             return mixture.astype(x.dtype)
 
-        def weight(op: Operation, w: Array, bits: numerics.Bits) -> tuple[Array, PyTree]:
+        def weight(op: Operation, w: Array, bits: numerics.Bits) -> engine.Rounded:
             assert op.site.weight is not None  # no products are asked for
             axes = op.site.channels[op.site.weight] if per_channel else ()
             if searched(op.site.path):
-                return mixed(op, w, lambda w, b: lowbit.rounded(w, b, axes)), {}
-            return lowbit.rounded(w, bits, axes), {}
+                return engine.Rounded(mixed(op, w, lambda w, b: lowbit.rounded(w, b, axes)))
+            return engine.Rounded(lowbit.rounded(w, bits, axes))
 
         def ranged(x: Array, bits: numerics.Bits) -> Array:
             if symmetric:
@@ -164,11 +164,9 @@ def bit_search(
             high, low = (jnp.max(y, keepdims=True, initial=0) for y in (still, -still))
             return levels.between(x, -low, high, levels.unsigned(bits), False)
 
-        def activation(
-            op: Operation, x: Array, bits: numerics.Bits, name: str
-        ) -> tuple[Array, PyTree]:
+        def activation(op: Operation, x: Array, bits: numerics.Bits, name: str) -> engine.Rounded:
             both = same and searched(op.site.path)
-            return (mixed(op, x, ranged) if both else ranged(x, bits)), {}
+            return engine.Rounded(mixed(op, x, ranged) if both else ranged(x, bits))
 
         rounded = engine.round_sites(
             forward,

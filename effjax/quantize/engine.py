@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -11,15 +12,31 @@ from effjax.core import Forward, PyTree, Setup
 from effjax.errors import SetupError, SiteError
 from effjax.interpret import Handler, Operation, intercept
 from effjax.jaxprs import GATHER
-from effjax.quantize import numerics
+from effjax.quantize import kernels, numerics
 from effjax.quantize.rules import Bits, Rules, is_float
 from effjax.sites import Analysis, Site, analyze_model
 
 EMBEDDINGS = r"(^|/)embedding$"
 
 Residuals = Literal["rounded", "float"]
-Weight = Callable[[Operation, Array, numerics.Bits], tuple[Array, PyTree]]
-Activation = Callable[[Operation, Array, numerics.Bits, str], tuple[Array, PyTree]]
+
+
+class Rounded(NamedTuple):
+    """An operand on a grid.
+
+    value: in the operand's shape and dtype.
+    seen: what was measured on the way, by name.
+    integers: int8 codes and a scale whose product the value is, if it is one; the scale has length
+      1 along all axes that the operation sums over.
+    """
+
+    value: Array
+    seen: Mapping[str, PyTree] = {}
+    integers: tuple[Array, Array] | None = None
+
+
+Weight = Callable[[Operation, Array, numerics.Bits], Rounded]
+Activation = Callable[[Operation, Array, numerics.Bits, str], Rounded]
 
 
 def rules_of(
@@ -79,20 +96,22 @@ def round_sites(
     shared: Mapping[str, PyTree] | None = None,
     result: Callable[[Operation, Array], Array] | None = None,
     residuals: Residuals = "rounded",
+    integers: bool = False,
 ) -> Callable[..., tuple[PyTree, PyTree, dict[str, PyTree], dict[str, Array]]]:
     """A forward pass with the operands of the chosen sites exchanged.
 
     Args:
       forward: what is rewritten.
       asked: which sites, and their bits.
-      weight: `(operation, weight, bits) -> (weight, seen)`; not called for known float widths.
-      activation: `(operation, activation, bits, name) -> (activation, seen)`; likewise.
+      weight: `(operation, weight, bits) -> Rounded`; not called for known float widths.
+      activation: `(operation, activation, bits, name) -> Rounded`; likewise.
       known: the sites that the model had at `init`.
       train: whether this is a training step.
       strict: whether a site that was not there at `init` is an error.
       given, shared: see `intercept`.
       result: what becomes of the operation's result.
       residuals: see `qat`.
+      integers: multiply integers where both operands have them.
 
     Returns:
       `(params, model_state, batch, key, train) -> (outputs, model_state, aux, seen)`, `seen` being
@@ -102,16 +121,23 @@ def round_sites(
     def handler(op: Operation) -> tuple[Array, PyTree]:
         site, operands = op.site, list(op.operands)
         bits = op.shared["bits"][asked.which(site.path)]
-        seen: dict[str, PyTree] = {}
+        found: dict[int, Rounded] = {}
         if site.weight is not None and not is_float(asked.at(site.path).weights):
-            operands[site.weight], found = weight(op, operands[site.weight], bits.weights)
-            seen |= found
+            found[site.weight] = weight(op, operands[site.weight], bits.weights)
         for i, name in asked.inputs(site).items():
-            operands[i], found = activation(op, operands[i], bits.activations, name)
-            seen |= found
-        out = op.run(*operands)
+            found[i] = activation(op, operands[i], bits.activations, name)
+        seen: dict[str, PyTree] = {}
+        for i, one in found.items():
+            operands[i] = one.value
+            seen |= one.seen
+        pairs = [pair for i in sorted(found) if (pair := found[i].integers) is not None]
+        whole = integers and len(pairs) == 2 and site.op != GATHER
+        value = _of_integers(op, pairs) if whole else op.run(*operands)
+        out = value
         if residuals == "float":
-            out = numerics.straight_through(_at_float(op, operands), out, jnp.asarray(True))
+            out = numerics.straight_through(_at_float(op, operands), value, jnp.asarray(True))
+        elif whole:  # only the derivative of the product of floats is used, as below
+            out = numerics.straight_through(op.run(*operands), value, jnp.asarray(True))
         return (out if result is None else result(op, out)), seen
 
     def choose(site: Site) -> Handler | None:
@@ -132,6 +158,13 @@ def round_sites(
         return outputs, model_state, aux, seen
 
     return rounded
+
+
+def _of_integers(op: Operation, pairs: Sequence[tuple[Array, Array]]) -> Array:
+    """The operation on codes and scales."""
+    codes, scales = zip(*pairs, strict=True)
+    cpu = jax.default_backend() == "cpu"
+    return kernels.scaled(op.run, op.site, codes, scales, cpu=cpu)
 
 
 def _at_float(op: Operation, rounded: Sequence[Array]) -> Array:
@@ -174,6 +207,17 @@ def _check_same(found: set[str], known: set[str], train: bool, strict: bool) -> 
         "params closed over instead of passed; or, for static ranges and learned steps, a model "
         "that does more in evaluation than in training."
     )
+
+
+def check_sums(asked: Rules, sites: Sequence[Site]) -> None:
+    """Raises SetupError if sums of integers may exceed int32 at a site."""
+    for site in sites:
+        bits = asked.at(site.path)
+        widths = [bits.activations] * 2
+        if site.weight is not None:
+            widths[site.weight] = bits.weights
+        if site.op != GATHER and not any(is_float(b) for b in widths):
+            kernels.check_sums(site, *(2 ** (int(b) - 1) - 1 for b in widths))
 
 
 def check_tiles(sites: Sequence[Site], size: int, what: str) -> None:

@@ -104,7 +104,7 @@ def entry_of(
         slow = cpu and not depthwise
         run = "float" if grouped == "float" or (grouped == "auto" and slow) else run
     if run == "integer":
-        _check_sums(site, 2 ** ((w or a or 0) - 1) - 1, 2 ** ((a or 0) - 1) - 1)
+        kernels.check_sums(site, 2 ** ((w or a or 0) - 1) - 1, 2 ** ((a or 0) - 1) - 1)
     channels: tuple[int, ...] = ()
     if site.weight is not None and w is not None:
         count = int({**own["scales"], **own["tables"]}[site.path])
@@ -117,17 +117,6 @@ def entry_of(
                 "it without tiles."
             )
     return Entry(run, w, a, channels, names, turned and run == "integer")
-
-
-def _check_sums(site: Site, largest: int, other: int) -> None:
-    side = 1 if site.weight is None else site.weight
-    shape, axes = site.shapes[side], site.contracting[side]
-    terms = math.prod(shape[axis] for axis in axes)
-    if terms * largest * other > kernels.LARGEST_SUM:
-        raise SetupError(
-            f"{site.path} sums {terms} products of up to {largest} x {other}, which may exceed "
-            "int32. Use fewer bits there, or split the sum."
-        )
 
 
 def check_selected(entries: Mapping[str, Entry], select: str | None, analysis: Analysis) -> None:

@@ -205,11 +205,7 @@ def _at(op: Operation, entry: Entry, cpu: bool) -> Array:
             operands[i] = numerics.fake_quant(x, scale, grid)
     if entry.run != "integer":
         return op.run(*operands)
-    sums, params = kernels.multiply(op.run, site, *operands, cpu=cpu, turned=entry.turned)
-    lhs, rhs = (
-        kernels.in_output(s, site.op, params, side, sums.ndim) for side, s in enumerate(scales)
-    )
-    return (sums.astype(lhs.dtype) * (lhs * rhs)).astype(site.dtypes[2])
+    return kernels.scaled(op.run, site, operands, scales, cpu=cpu, turned=entry.turned)
 
 
 def _analyze(

@@ -10,13 +10,14 @@ a matrix of weights is stored transposed, and is the first operand where the oth
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from effjax.errors import SetupError
 from effjax.jaxprs import CONV, DOT
 from effjax.sites import Site
 
@@ -40,8 +41,9 @@ def multiply(
     Returns:
       (int32 sums, exact where they fit; the primitive's parameters).
     """
-    op, of_floats = site.op, jax.ShapeDtypeStruct(site.rhs, jnp.float32)
-    traced = jax.make_jaxpr(run)(lhs.astype(jnp.float32), of_floats)
+    op = site.op
+    second = jax.ShapeDtypeStruct(site.rhs, jnp.float32) if turned else rhs.astype(jnp.float32)
+    traced = jax.make_jaxpr(run)(lhs.astype(jnp.float32), second)
     params = next(e.params for e in traced.jaxpr.eqns if e.primitive.name == op)
     if turned:
         return _product(lhs, rhs).reshape(site.out), params
@@ -55,6 +57,26 @@ def multiply(
         if params["feature_group_count"] == channels > 1 and rhs.size == channels * taps:
             return _shifts(lhs, rhs, params), params
     return run(lhs, rhs, preferred_element_type=jnp.int32), params
+
+
+def scaled(
+    run: Callable[..., Array],
+    site: Site,
+    codes: Sequence[Array],
+    scales: Sequence[Array],
+    *,
+    cpu: bool,
+    turned: bool = False,
+) -> Array:
+    """The operation at a site on operands that are codes times scales: (s_x s_w) sum x' w'.
+
+    Args:
+      codes, scales: of the two operands; scales of length 1 along axes that are summed over.
+      run, cpu, turned: see `multiply`.
+    """
+    sums, params = multiply(run, site, *codes, cpu=cpu, turned=turned)
+    lhs, rhs = (in_output(s, site.op, params, i, sums.ndim) for i, s in enumerate(scales))
+    return (sums.astype(lhs.dtype) * (lhs * rhs)).astype(site.dtypes[2])
 
 
 def turns(site: Site) -> bool:
@@ -156,6 +178,18 @@ def _shifts(x: Array, k: Array, params: Mapping[str, Any]) -> Array:
     taps = k.reshape(-1, k.shape[-1]).astype(jnp.int32)
     out = sum(s.astype(jnp.int32) * tap for s, tap in zip(slices, taps, strict=True))
     return _placed(jnp.asarray(out), params)
+
+
+def check_sums(site: Site, largest: int, other: int) -> None:
+    """Raises SetupError if sums of products of integers up to these two may exceed int32."""
+    side = 1 if site.weight is None else site.weight
+    shape, axes = site.shapes[side], site.contracting[side]
+    terms = math.prod(shape[axis] for axis in axes)
+    if terms * largest * other > LARGEST_SUM:
+        raise SetupError(
+            f"{site.path} sums {terms} products of up to {largest} x {other}, which may exceed "
+            "int32. Use fewer bits there, or split the sum."
+        )
 
 
 def in_output(scale: Array, op: str, params: Mapping[str, Any], side: int, rank: int) -> Array:

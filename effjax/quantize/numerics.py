@@ -107,17 +107,22 @@ def scale_of(largest: Array, grid: Grid) -> Array:
     return jnp.where(scale < jnp.finfo(wide).tiny, jnp.ones((), wide), scale)
 
 
-@functools.partial(jax.jit, inline=True)
-def round_to(x: Array, scale: Array, grid: Grid) -> Array:
+@functools.partial(jax.jit, static_argnums=3, inline=True)
+def round_to(x: Array, scale: Array, grid: Grid, inside: bool = False) -> Array:
     """The nearest integers of the grid, clip(round(x / s), -bound, bound), as floats.
 
-    Ties go to the even integer.
+    Ties go to the even integer. Where all of x is known to be `inside` the range that the scale was
+    made of, nothing is clipped, which takes as long as the rounding itself: |x| / s is at most
+    bound (1 + 2^-22) then, and rounds to bound.
     """
+    steps = jnp.round(x.astype(scale.dtype) / scale)
     bound = grid.bound.astype(scale.dtype)
-    return jnp.clip(jnp.round(x.astype(scale.dtype) / scale), -bound, bound)
+    return steps if inside else jnp.clip(steps, -bound, bound)
 
 
-def fake_quant(x: Array, scale: Array, grid: Grid, clipped: bool = False) -> Array:
+def fake_quant(
+    x: Array, scale: Array, grid: Grid, clipped: bool = False, inside: bool = False
+) -> Array:
     """x rounded to the grid: q(x) = s · clip(round(x / s), -bound, bound), or x itself if float.
 
     The derivative is the straight-through estimate: dq/dx = 1. Where `clipped`, it is 0 for values
@@ -129,6 +134,7 @@ def fake_quant(x: Array, scale: Array, grid: Grid, clipped: bool = False) -> Arr
       x: any shape, floating point.
       scale: broadcasts against x; float32 (float64 for float64 x).
       grid: see `grid`.
+      inside: see `round_to`; a Python bool.
       clipped: whether values outside the range lose their gradient; a Python bool.
 
     Returns:
@@ -145,17 +151,17 @@ def fake_quant(x: Array, scale: Array, grid: Grid, clipped: bool = False) -> Arr
     Reference: Bengio, Léonard and Courville, 2013, https://arxiv.org/abs/1308.3432, for the
     derivative; Jacob et al., 2018, https://arxiv.org/abs/1712.05877, for training with it.
     """
-    return _cached_fake_quant(x, scale, grid, clipped)
+    return _cached_fake_quant(x, scale, grid, clipped, inside)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _fake_quant(x: Array, scale: Array, grid: Grid, clipped: bool) -> Array:
-    rounded = (round_to(x, scale, grid) * scale).astype(x.dtype)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _fake_quant(x: Array, scale: Array, grid: Grid, clipped: bool, inside: bool) -> Array:
+    rounded = (round_to(x, scale, grid, inside) * scale).astype(x.dtype)
     return jnp.where(grid.identity, x, rounded)
 
 
 @_fake_quant.defjvp
-def _fake_quant_jvp(clipped, primals, tangents):
+def _fake_quant_jvp(clipped, inside, primals, tangents):
     x, scale, grid = primals
     tangent, _, _ = tangents
     if clipped:
@@ -163,7 +169,7 @@ def _fake_quant_jvp(clipped, primals, tangents):
         # A select, not a product: the gradient of what is clipped is 0 even where the incoming one
         # is infinite.
         tangent = jnp.where(passes, tangent, jnp.zeros_like(tangent))
-    return _fake_quant(*primals, clipped), tangent
+    return _fake_quant(*primals, clipped, inside), tangent
 
 
-_cached_fake_quant = jax.jit(_fake_quant, static_argnums=3, inline=True)
+_cached_fake_quant = jax.jit(_fake_quant, static_argnums=(3, 4), inline=True)

@@ -165,18 +165,19 @@ def transform_of(
         return found
 
     def wrap(forward: Forward, extra: PyTree, state: PyTree, ctx: Ctx) -> Forward:
-        def rounded(op: Operation, x: Array, bits: Bits, name: str) -> tuple[Array, PyTree]:
+        def rounded(op: Operation, x: Array, bits: Bits, name: str) -> engine.Rounded:
             operand, i, axes = names(op.site)[name]
             key = own_key(op, i) if random else None
             place = Place(op.site, i, axes, op.shared["step"], key, ctx.train)
             if not operand.fitted:
-                return operand.rounded(x, {}, bits, place), {}
+                return engine.Rounded(operand.rounded(x, {}, bits, place))
             values, known = op.given[name]
             shape = tuple(n if axis in axes else 1 for axis, n in enumerate(x.shape))
             values = {n: v.reshape(shape) for n, v in values.items()}
             if not ctx.train and name != "weights":
                 # Without a fitted range evaluation leaves activations alone; see "uncalibrated".
-                return jnp.where(known, operand.rounded(x, values, bits, place), x), {}
+                known_value = operand.rounded(x, values, bits, place)
+                return engine.Rounded(jnp.where(known, known_value, x))
             seen = operand.seen(lax.stop_gradient(x), axes)
             if op.axes:  # the same values for all shards
                 seen = {n: lax.pmax(v, op.axes) for n, v in seen.items()}
@@ -184,9 +185,8 @@ def transform_of(
             values = {n: jnp.where(known, v, first[n]) for n, v in values.items()}
             own = tuple(x.shape[axis] for axis in axes)
             label = op.site.path + " weights" if name == "weights" else name
-            return operand.rounded(x, values, bits, place), {
-                label: {n: v.reshape(own) for n, v in seen.items()}
-            }
+            found = {label: {n: v.reshape(own) for n, v in seen.items()}}
+            return engine.Rounded(operand.rounded(x, values, bits, place), found)
 
         shared: dict[str, Any] = {"step": ctx.step}
         if random:
@@ -194,7 +194,7 @@ def transform_of(
         if gradients is not None:
             shared["gradients"] = jnp.asarray(gradients, jnp.int32)
 
-        def weight(op: Operation, w: Array, bits: Bits) -> tuple[Array, PyTree]:
+        def weight(op: Operation, w: Array, bits: Bits) -> engine.Rounded:
             return rounded(op, w, bits, "weights")
 
         def result(op: Operation, out: Array) -> Array:

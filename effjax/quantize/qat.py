@@ -39,6 +39,7 @@ def qat(
     rounding: Literal["nearest", "stochastic"] = "nearest",
     gradients: numerics.Bits | Small | None = None,
     residuals: engine.Residuals = "rounded",
+    forward: Literal["float", "integer"] = "float",
     freeze: int | Array | None = None,
 ) -> Transform:
     """Quantization-aware training of weights and activations, at the model's sites.
@@ -105,6 +106,11 @@ def qat(
         nothing but integers need be kept. "float": at the operands as they were, dw = x·g and dx =
         g·w, as qwix's dots do by default (`use_original_residuals`; its convolutions never). What
         is clipped gets gradient 0 in both.
+      forward: what the forward pass of a training step multiplies: the rounded values, which are
+        floats, or the integers that they are multiples of, int8 with sums in int32, as qwix does;
+        faster where the device multiplies integers faster. Both compute the same but for the
+        rounding of float sums. Evaluation and the backward pass multiply floats. Sites with one
+        operand in floating point do too.
       freeze: the first step from which static ranges stay as they are. May be traced.
 
     State: {"scales": {site: number of weight scales}}, and with static ranges {"ranges", "count"}
@@ -117,8 +123,10 @@ def qat(
 
     Raises:
       SetupError: bits outside 2..8 (weights: 1..8) and below 16, an unknown kind of ranges,
-        rounding, gradients or residuals, per_token with static ranges, freeze with dynamic ones; a
-        tile that does not divide its axis (at `init`).
+        rounding, gradients, residuals or forward, per_token with static ranges, freeze with
+        dynamic ones; forward="integer" with traced bits, one bit, a start above 0, asymmetric
+        activations, tiles or freeze; at `init`, a tile that does not divide its axis, and sums
+        of integers that may exceed int32.
       ScheduleError: decay outside [0, 1).
       SelectorError: `select`, a rule, `embeddings` or `products` matches nothing (at `init`).
       SiteError: a selected weight reaches no operation, or lies in a function with a custom
@@ -156,6 +164,7 @@ def qat(
         check_gradients(gradients, "qat")
     if residuals not in ("rounded", "float"):
         raise SetupError(f"residuals are {residuals!r}; they are 'rounded' or 'float'.")
+    integers = _integers(forward, asked.widths, start, symmetric, tile, freeze)
     random = rounding == "stochastic" or gradients is not None
     clips = static if clipped is None else clipped
     frozen = freeze is not None
@@ -164,6 +173,8 @@ def qat(
         sites = engine.find(asked, params, setup)
         if tile is not None:
             engine.check_tiles(sites, tile, "a tile")
+        if integers:
+            engine.check_sums(asked, sites)
         state: dict[str, Any] = dict(engine.scale_counts(sites, per_channel, tile))
         form = {"asymmetric": not symmetric, "per_token": per_token}
         if any(form.values()):
@@ -224,43 +235,56 @@ def qat(
                 found = [end.reshape((1,) * x.ndim) for end in found]
             return found, known, seen
 
-        def weight(op: Operation, w: Array, bits: numerics.Bits) -> tuple[Array, PyTree]:
+        def weight(op: Operation, w: Array, bits: numerics.Bits) -> engine.Rounded:
             assert op.site.weight is not None
             g = grid(bits, op.shared)
             channels = op.site.channels[op.site.weight] if per_channel else ()
             axis = engine.tiled_axis(op.site)
             if is_one(bits):
-                return jnp.where(g.identity, w, lowbit.signs(w, channels, clipped=False)), {}
+                signs = lowbit.signs(w, channels, clipped=False)
+                return engine.Rounded(jnp.where(g.identity, w, signs))
             if tile is None or axis is None:
                 largest = numerics.absmax(w, channels)
             else:
                 largest = numerics.tiled_absmax(w, channels, axis, tile)
             scale = numerics.scale_of(largest, g)
-            found = nearest(op, w, scale, g, op.site.weight, False)
+            found = on_grid(op, w, scale, g, op.site.weight, clips=False, inside=True)
             if is_traced(bits):
                 one = lowbit.signs(w, channels, clipped=False)
-                found = jnp.where((jnp.asarray(bits) == 1) & ~g.identity, one, found)
-            return found, {}
+                some = (jnp.asarray(bits) == 1) & ~g.identity
+                found = found._replace(value=jnp.where(some, one, found.value))
+            return found
 
-        def nearest(op: Operation, x: Array, scale: Array, g: Grid, i: int, clips: bool) -> Array:
-            if rounding == "nearest" or not ctx.train:
-                return numerics.fake_quant(x, scale, g, clips)
-            value = stochastic(lax.stop_gradient(x), scale, g, own_key(op, i))
-            passes = (jnp.abs(x) <= scale * g.bound) | g.identity if clips else jnp.asarray(True)
-            return numerics.straight_through(x, value, passes)
+        def on_grid(
+            op: Operation, x: Array, scale: Array, g: Grid, i: int, *, clips: bool, inside: bool
+        ) -> engine.Rounded:
+            near = rounding == "nearest" or not ctx.train
+            if near:
+                value = numerics.fake_quant(x, scale, g, clips, inside)
+            else:
+                value = stochastic(lax.stop_gradient(x), scale, g, own_key(op, i))
+                passes = jnp.asarray(True)
+                if clips:
+                    passes = (jnp.abs(x) <= scale * g.bound) | g.identity
+                value = numerics.straight_through(x, value, passes)
+            if not integers or not ctx.train:
+                return engine.Rounded(value)
+            source, steps = lax.stop_gradient((x if near else value, scale))
+            codes = numerics.round_to(source, steps, g, inside and near).astype(jnp.int8)
+            return engine.Rounded(value, integers=(codes, steps))
 
-        def activation(
-            op: Operation, x: Array, bits: numerics.Bits, name: str
-        ) -> tuple[Array, PyTree]:
+        def activation(op: Operation, x: Array, bits: numerics.Bits, name: str) -> engine.Rounded:
             g = grid(bits, op.shared)
             found, known, seen = range_of(op, x, name)
             g = g._replace(identity=g.identity | ~known)
             i = _operand(asked.inputs(op.site), name)
             if symmetric:
-                return nearest(op, x, numerics.scale_of(found[0], g), g, i, clips), seen
+                scale = numerics.scale_of(found[0], g)
+                one = on_grid(op, x, scale, g, i, clips=clips, inside=not static)
+                return one._replace(seen=seen)
             key = own_key(op, i) if rounding == "stochastic" and ctx.train else None
             own = levels.unsigned(bits)._replace(identity=g.identity)
-            return levels.between(x, -found[1], found[0], own, clips, key), seen
+            return engine.Rounded(levels.between(x, -found[1], found[0], own, clips, key), seen)
 
         def result(op: Operation, out: Array) -> Array:
             batch = (0,) if op.site.weight == 1 else ()
@@ -286,6 +310,7 @@ def qat(
             shared=shared,
             result=result if ctx.train and gradients is not None else None,
             residuals=residuals,
+            integers=integers,
         )
 
         def quantized(params, model_state, batch, key, train):
@@ -332,6 +357,35 @@ def qat(
     return Transform(
         init=init, wrap=wrap, update=update, report=report, describe=describe, kind="quantize"
     )
+
+
+def _integers(
+    forward: str,
+    widths: Sequence[Bits],
+    start: int | Array,
+    symmetric: bool,
+    tile: int | None,
+    freeze: int | Array | None,
+) -> bool:
+    """Whether integers are multiplied; raises where they were asked for and cannot be."""
+    if forward not in ("float", "integer"):
+        raise SetupError(f"forward is {forward!r}; it is 'float' or 'integer'.")
+    if forward == "float":
+        return False
+    reasons = {
+        "traced bits": any(is_traced(b) for width in widths for b in width),
+        "weights of one bit": any(is_one(width.weights) for width in widths),
+        f"start={start}": is_traced(start) or start > 0,
+        "symmetric=False": not symmetric,
+        f"tile={tile}": tile is not None,
+        f"freeze={freeze}": freeze is not None,
+    }
+    if wrong := [reason for reason, holds in reasons.items() if holds]:
+        raise SetupError(
+            f"forward='integer' multiplies int8 with one scale for a sum, known when the step is "
+            f"compiled; it cannot be had with {', '.join(wrong)}. Take forward='float'."
+        )
+    return True
 
 
 def is_one(bits: numerics.Bits) -> bool:

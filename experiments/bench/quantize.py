@@ -2,13 +2,14 @@
 
 Both quantize weights (one scale for each output channel) and activations (one scale for the batch)
 of every layer to 8 bits, with dynamic ranges. qwix is asked for effjax's grid: ranges divided by
-127 rather than 127.5. It multiplies integers in the forward pass, effjax rounded floats; what both
-compute is compared first, loss and gradients, under the same residuals: qwix's
-`use_original_residuals=False`, whose gradients are taken at the rounded operands. After several
-layers of BatchNorm with a batch's statistics, the last bits of sums decide which way values are
-rounded, so that the distance to float32 stands beside; bit for bit, layer by layer, they are
-compared in `tests/quantize/qwix_test.py`. qwix's default, gradients of matrix products at the
-operands as they were, is timed as well, against `qat(residuals="float")`.
+127 rather than 127.5. It multiplies integers in the forward pass, effjax rounded floats or, with
+`qat(forward="integer")`, integers too: both are timed. What both compute is compared first, loss
+and gradients, under the same residuals: qwix's `use_original_residuals=False`, whose gradients are
+taken at the rounded operands. After several layers of BatchNorm with a batch's statistics, the last
+bits of sums decide which way values are rounded, so that the distance to float32 stands beside; bit
+for bit, layer by layer, they are compared in `tests/quantize/qwix_test.py`. qwix's default,
+gradients of matrix products at the operands as they were, is timed as well, against
+`qat(residuals="float")`.
 
 Expected: time per step at most 1.05 times qwix's, time to trace and compile at most 1.3 times.
 Cost: 2 minutes on 2 CPU cores.
@@ -35,6 +36,21 @@ from experiments.models import cnn, mlp
 
 RESULTS = Path(__file__).parents[1] / "results"
 SAME_GRID = f"absmax,{127.5 / 127!r}"
+# Ours by options of `qat`, and what each is compared with.
+OURS: dict[str, dict[str, Any]] = {
+    "floats, rounded residuals": {},
+    "floats, float residuals": {"residuals": "float"},
+    "integers, rounded residuals": {"forward": "integer"},
+    "integers, float residuals": {"residuals": "float", "forward": "integer"},
+}
+PAIRS = (
+    ("floats, rounded residuals", "qwix, rounded residuals"),
+    ("integers, rounded residuals", "qwix, rounded residuals"),
+    ("floats, float residuals", "qwix, float residuals"),
+    ("integers, float residuals", "qwix, float residuals"),
+    ("floats, rounded residuals", "float32"),
+    ("integers, rounded residuals", "float32"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,46 +148,45 @@ def compared(name: str, module: nn.Module, shape: tuple[int, ...], config: Confi
     }
     tx = optax.sgd(0.1)
     model = ej.from_linen(module)
-    transform, floating = (
-        ej.chain(quant=ej.quantize.qat(residuals=kind)) for kind in ("rounded", "float")
-    )
+    ours = {own: ej.chain(quant=ej.quantize.qat(**options)) for own, options in OURS.items()}
     params, stats = jax.jit(model.init)(jax.random.key(0), batch)
+    first = next(iter(ours.values()))
     state = ej.init_state(
-        jax.random.key(0), model, transform, tx, batch, params=params, model_state=stats
+        jax.random.key(0), model, first, tx, batch, params=params, model_state=stats
     )
 
+    # All programs read the same buffers: whichever comes first would find others cold.
+    state = state._replace(vars=state.vars._replace(model=params), model_state=stats)
+    args = (params, stats, tx.init(params), batch)
     programs: dict[str, tuple[Callable[[], Callable[..., Any]], tuple[Any, ...]]] = {
         label: (
-            functools.partial(ej.make_step, model.apply, one, cross_entropy, tx),
+            functools.partial(ej.make_step, model.apply, transform, cross_entropy, tx),
             (state, batch),
         )
-        for label, one in (("effjax", transform), ("effjax, float residuals", floating))
+        for label, transform in ours.items()
     }
-    for label, rounded in (("qwix, rounded residuals", True), ("qwix", False)):
+    for label, rounded in (("qwix, rounded residuals", True), ("qwix, float residuals", False)):
         module_of = functools.partial(quantized_by_qwix, module, rounded)
-        programs[label] = (
-            functools.partial(_flax_step_of, module_of, tx),
-            (params, stats, tx.init(params), batch),
-        )
-    programs["float32"] = (lambda: flax_step(module, tx), programs["qwix"][1])
+        programs[label] = (functools.partial(_flax_step_of, module_of, tx), args)
+    programs["float32"] = (lambda: flax_step(module, tx), args)
     compiled = {n: jax.jit(make()).lower(*a).compile() for n, (make, a) in programs.items()}
-    calls = {n: functools.partial(compiled[n], *args) for n, (_, args) in programs.items()}
+    calls = {n: functools.partial(compiled[n], *a) for n, (_, a) in programs.items()}
 
     # With plain gradient descent the step of the weights is the gradient.
-    after, metrics = compiled["effjax"](state, batch)
-    theirs, _, _, loss = compiled["qwix, rounded residuals"](*programs["qwix"][1])
-    plain, _, _, plain_loss = compiled["float32"](*programs["qwix"][1])
+    after = {own: compiled[own](state, batch) for own in OURS if "rounded" in own}
+    others, _, _, loss = compiled["qwix, rounded residuals"](*args)
+    plain, _, _, plain_loss = compiled["float32"](*args)
     rounds = [
         {n: t.median for n, t in _latency(calls, config).items()} for _ in range(config.rounds)
     ]
     building = {n: compile_seconds(*program, config.compiles) for n, program in programs.items()}
     rows = []
-    for other in ("qwix, rounded residuals", "qwix", "float32"):
-        own = "effjax, float residuals" if other == "qwix" else "effjax"
+    for own, other in PAIRS:
         ratios = [found[own] / found[other] for found in rounds]
         rows.append(
             {
                 "model": name,
+                "own": own,
                 "against": other,
                 "step_ratio": float(np.median(ratios)),
                 "step_ratios": ratios,
@@ -180,24 +195,25 @@ def compared(name: str, module: nn.Module, shape: tuple[int, ...], config: Confi
                 "compile_s": building[own],
             }
         )
+        print(
+            f"{name}, {own}, against {other}: step {np.median(ratios):.3f}, "
+            f"compile {rows[-1]['compile_ratio']:.2f}"
+        )
         if other == "qwix, rounded residuals":
+            stepped, metrics = after[own]
             found = {
                 "loss_difference": float(abs(metrics["loss"] / loss - 1)),
-                "gradient_difference": apart(after.vars.model, theirs, params),
+                "gradient_difference": apart(stepped.vars.model, others, params),
                 "loss_difference_of_float32": float(abs(plain_loss / loss - 1)),
-                "gradient_difference_of_float32": apart(plain, theirs, params),
+                "gradient_difference_of_float32": apart(plain, others, params),
             }
             rows[-1] |= found
             print(
-                f"{name}: loss apart {found['loss_difference']:.1e} of it (float32's "
+                f"  loss apart {found['loss_difference']:.1e} of it (float32's "
                 f"{found['loss_difference_of_float32']:.1e}), gradients "
                 f"{found['gradient_difference']:.1e} "
                 f"({found['gradient_difference_of_float32']:.1e})"
             )
-        print(
-            f"{name} against {other}: step {np.median(ratios):.3f}, "
-            f"compile {rows[-1]['compile_ratio']:.2f}"
-        )
     return rows
 
 

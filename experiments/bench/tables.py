@@ -57,7 +57,7 @@ def times(value: float | None) -> str:
 def quantize(found: Mapping[str, Any]) -> Grid:
     rows = [
         [
-            f"{row['model']} against {row['against']}",
+            f"{row['model']}, {row['own']}, against {row['against']}",
             times(row["step_ratio"]),
             times(row["compile_ratio"]),
             f"{row['step_ms']:.3g} ms",

@@ -90,15 +90,16 @@ def test_the_integer_program_is_qwix_in_integers(model):
     assert np.abs(plain - theirs).max() > 1e-3  # qwix did quantize
 
 
+@pytest.mark.parametrize("forward", ["float", "integer"])
 @pytest.mark.parametrize("residuals", ["rounded", "float"])
-def test_gradients_are_qwix_with_the_same_residuals(model, residuals):
+def test_gradients_are_qwix_with_the_same_residuals(model, residuals, forward):
     """Plain gradient descent at rate 1 moves the weights by their gradient.
 
     qwix's convolutions know rounded residuals only: of a network with them, what its last layer
     gets is compared under the other choice, which nothing but its own residuals decides."""
     module, params, batch = model
     tx = optax.sgd(1.0)
-    ours, transform, state = started(model, tx, residuals=residuals)
+    ours, transform, state = started(model, tx, residuals=residuals, forward=forward)
     after, metrics = jax.jit(ej.make_step(ours.apply, transform, loss, tx))(state, batch)
 
     def gradients(original):
