@@ -9,6 +9,7 @@ import pytest
 
 from effjax.nas import Table, nasbench201
 from effjax.nas.tabular import OPERATIONS
+from effjax.select import map_named
 from experiments import nas_darts, nas_proxies, sparse_report
 from experiments.harness import data
 from experiments.harness.errors import ConfigError
@@ -97,6 +98,42 @@ def test_every_proxy_scores_the_real_network():
         else:  # nothing reaches the outputs
             assert found["snip"] == pytest.approx(0, abs=1e-6)
             assert not np.isfinite(found["jacob_cov"])
+
+
+# Of the network drawn below: what https://github.com/SamsungLabs/zero-cost-nas (at a43bfbc, in
+# PyTorch 2.14, on CPU) gives for the same weights and images, with the biases of its cells 0.
+REFERENCE = {
+    (3, 1, 2, 4, 3, 2): {
+        "snip": 91.40376, "grad_norm": 89.26808, "grasp": -412.58148, "fisher": 30.162155,
+    },
+    (0, 3, 0, 2, 1, 3): {
+        "snip": 142.84677, "grad_norm": 126.53013, "grasp": -436.42017, "fisher": 58.092525,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_the_proxies_authors_code():
+    spec = bench.Spec(width=2, cells=5)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": jnp.asarray(rng.normal(size=(8, 8, 8, 3)), jnp.float32),
+        "label": jnp.arange(8),
+    }
+    shapes, stats = jax.eval_shape(bench.model(spec).init, jax.random.key(0), batch)
+
+    def draw(name, like):
+        size = 0.3 if name.endswith("kernel") else 0.0
+        first = 1.0 if name.endswith("scale") else 0.0
+        return jnp.asarray(size * rng.normal(size=like.shape) + first, jnp.float32)
+
+    params = map_named(draw, shapes)
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stats)
+    scores = nas_proxies.scorer(spec, ("snip", "grad_norm", "grasp", "fisher"))
+    for cell, wanted in REFERENCE.items():
+        found = scores(jnp.asarray(bench.one_hot(cell)), params, state, batch, jax.random.key(1))
+        for name, value in wanted.items():
+            assert found[name] == pytest.approx(value, rel=1e-3), (cell, name)
 
 
 def test_darts_plus_ends_before_the_second_skip_connection():
