@@ -28,8 +28,8 @@ Beside it lies one of networks of the benchmark's own size, for the four that ne
 Networks of several cells a stage are loops over them, see `models/nasbench201_scanned.py`.
 
 Command: python -m experiments nas_proxies
-Cost: 15 minutes of one CPU core for the committed table and 40 for the one beside it;
-  that of the whole was not measured.
+Cost: 15 minutes of one CPU core for the committed table and two to three hours for the one beside
+  it; that of the whole was not measured.
 
 Papers: Abdelfattah et al. 2021, https://arxiv.org/abs/2101.08134; Mellor et al. 2021,
 https://arxiv.org/abs/2006.04647; Lin et al. 2021, https://arxiv.org/abs/2102.01063; Dong and Yang

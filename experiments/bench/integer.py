@@ -1,11 +1,12 @@
 """Models in integers: `ej.quantize.integer` against the same models in float32.
 
-Four kinds, trained with `qat` at 8 bits with static ranges and calibrated on one batch: an MLP, a
-CNN with BatchNorm, a transformer block (its projections; then also attention's products), and a
-depthwise-separable CNN. For each and each batch: milliseconds of the float32 model, of the integer
-one, and of evaluation under `qat`, which rounds floats; how many times faster integers are; how far
-the outputs are from those under `qat`, in units of an 8-bit grid over them; and bytes. And how much
-faster XLA's own product of matrices is in int8, which bounds the MLP and the transformer.
+Trained with `qat` at 8 bits with static ranges and calibrated on one batch: an MLP, one whose
+weights no cache holds, a CNN with BatchNorm, a transformer block (its projections; then also
+attention's products), and a depthwise-separable CNN. For each and each batch: milliseconds of the
+float32 model, of the integer one, and of evaluation under `qat`, which rounds floats; how many
+times faster integers are; how far the outputs are from those under `qat`, in units of an 8-bit grid
+over them; and bytes. And how much faster XLA's own product of matrices is in int8: integer programs
+are made of such products, with the weights transposed, which makes few rows faster still.
 
 Convolutions are timed in the ways XLA can be asked for them: "integer" is what `integer` does on
 CPU, where convolutions of few channels are matrix products of patches and depthwise ones sums of
