@@ -47,7 +47,7 @@ class Config:
     """What is timed."""
 
     kinds: tuple[str, ...] = ("mlp", "wide mlp", "cnn", "transformer", "attention", "depthwise")
-    batches: tuple[int, ...] = (1, 32, 128)
+    batches: tuple[int, ...] = (1, 8, 32, 128)
     samples: int = 15
     save: bool = True
 
