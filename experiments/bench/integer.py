@@ -15,9 +15,10 @@ on rounded floats. XLA's depthwise int8 convolution is slower than its float one
 would leave it in float; the shifted products are faster than both, because they are one fused loop.
 
 Expected: what int8 gives depends on the processor. On a core with AVX-512 VNNI and without AMX,
-where XLA's int8 product takes 1.0 to 1.7 times less than its float32 one: 1.0 to 1.5 times for the
-MLP, 1.3 to 2.2 for the CNN, 1.4 to 1.7 for the transformer and 5 to 8 for the depthwise CNN.
-Cost: 2 minutes of one CPU core.
+where XLA's int8 product takes 1.4 to 1.5 times less than its float32 one: 1.5 to 2 times for the
+MLP, up to 3.8 for the wide one, 1.3 to 2.3 for the CNN, 1.3 to 1.9 for the transformer and 6 to 8
+for the depthwise CNN.
+Cost: 4 minutes of one CPU core.
 Command: taskset -c 1 python -m experiments bench.integer
 """
 

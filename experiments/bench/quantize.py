@@ -11,9 +11,10 @@ for bit, layer by layer, they are compared in `tests/quantize/qwix_test.py`. qwi
 gradients of matrix products at the operands as they were, is timed as well, against
 `qat(residuals="float")`.
 
-Expected: time per step at most 1.05 times qwix's, time to trace and compile at most 1.3 times.
-Cost: 2 minutes on 2 CPU cores.
-Command: python -m experiments bench.quantize
+Expected: with integers a time per step of at most 1.05 times qwix's, a time to trace and compile of
+at most 1.3 times.
+Cost: 5 minutes of one CPU core.
+Command: taskset -c 1 python -m experiments bench.quantize --samples 60
 """
 
 import dataclasses
