@@ -71,6 +71,29 @@ def test_properties(values, bits, power):
     np.testing.assert_array_equal(np.asarray(quantized(jnp.asarray(-x), bits)), -q)
 
 
+def codes(x, bits):
+    """With and without clipping."""
+    g = numerics.grid(bits)
+    scale = numerics.scale_of(numerics.absmax(x), g)
+    return numerics.round_to(x, scale, g, True), numerics.round_to(x, scale, g)
+
+
+COMPILED = jax.jit(codes)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.integers(-(2**24), 2**24), min_size=8, max_size=8),
+    st.integers(2, 8),
+    st.integers(-140, 100),
+)
+def test_nothing_lies_outside_the_range_of_the_largest_magnitude(values, bits, power):
+    """So that clipping changes no bit, compiled or not."""
+    x = jnp.asarray(np.asarray(values, np.float32) * np.float32(2.0**power))
+    for run in (codes, COMPILED):
+        np.testing.assert_array_equal(*run(x, bits))
+
+
 def test_from_16_bits_on_nothing_changes():
     x = jnp.array([1e-30, -0.0, 3.14159, jnp.inf, -1e38])
     for bits in (16, 32, jnp.int32(16), jnp.int32(99)):
