@@ -232,6 +232,12 @@ class Bench:
             program: scorer(self.spec_of(program), names)
             for program, names in config.programs().items()
         }
+        # Random numbers take XLA long to optimize and are drawn once.
+        self.init = jax.jit(
+            lambda spec, key, batch: bench.model(spec).init(key, batch),
+            static_argnums=0,
+            compiler_options={"xla_backend_optimization_level": 0},
+        )
 
     def spec_of(self, program: str) -> bench.Spec:
         """The network that a program scores."""
@@ -248,10 +254,7 @@ class Bench:
             "label": jnp.asarray(self.images.label[chosen]),
         }
         init, key = jax.random.split(jax.random.key(seed))
-        # Random numbers take XLA long to optimize and are drawn once.
-        quick = {"xla_backend_optimization_level": 0}
-        draw = jax.jit(bench.model(self.spec_of(program)).init, compiler_options=quick)
-        params, state = draw(init, batch)
+        params, state = self.init(self.spec_of(program), init, batch)
         return params, state, batch, key
 
     def score(self, seed: int, count: int) -> dict[str, list[float]]:

@@ -93,8 +93,7 @@ def turns(site: Site) -> bool:
 
 def turn(codes: Array, site: Site) -> Array:
     """The codes of a site that `turns`, as they are stored: [what is kept, what is summed over]."""
-    terms = math.prod(codes.shape[: len(site.contracting[1])])
-    return codes.reshape(terms, -1).T
+    return codes.reshape(terms(site), -1).T
 
 
 def turn_back(codes: Array, site: Site) -> Array:
@@ -180,14 +179,18 @@ def _shifts(x: Array, k: Array, params: Mapping[str, Any]) -> Array:
     return _placed(jnp.asarray(out), params)
 
 
+def terms(site: Site) -> int:
+    """How many products a sum of the site has."""
+    side = 1 if site.weight is None else site.weight
+    return math.prod(site.shapes[side][axis] for axis in site.contracting[side])
+
+
 def check_sums(site: Site, largest: int, other: int) -> None:
     """Raises SetupError if sums of products of integers up to these two may exceed int32."""
-    side = 1 if site.weight is None else site.weight
-    shape, axes = site.shapes[side], site.contracting[side]
-    terms = math.prod(shape[axis] for axis in axes)
-    if terms * largest * other > LARGEST_SUM:
+    count = terms(site)
+    if count * largest * other > LARGEST_SUM:
         raise SetupError(
-            f"{site.path} sums {terms} products of up to {largest} x {other}, which may exceed "
+            f"{site.path} sums {count} products of up to {largest} x {other}, which may exceed "
             "int32. Use fewer bits there, or split the sum."
         )
 

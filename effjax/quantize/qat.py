@@ -280,8 +280,15 @@ def qat(
             i = _operand(asked.inputs(op.site), name)
             if symmetric:
                 scale = numerics.scale_of(found[0], g)
-                one = on_grid(op, x, scale, g, i, clips=clips, inside=not static)
-                return one._replace(seen=seen)
+                one = on_grid(op, x, scale, g, i, clips=clips, inside=not static)._replace(
+                    seen=seen
+                )
+                if static and one.integers is not None:
+                    # Integers have no NaN, and a static range none of the batch's.
+                    codes, steps = one.integers
+                    steps = jnp.where(jnp.isnan(seen[name]), jnp.nan, steps)
+                    one = one._replace(integers=(codes, steps))
+                return one
             key = own_key(op, i) if rounding == "stochastic" and ctx.train else None
             own = levels.unsigned(bits)._replace(identity=g.identity)
             return engine.Rounded(levels.between(x, -found[1], found[0], own, clips, key), seen)

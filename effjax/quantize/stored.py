@@ -74,7 +74,7 @@ def codes_of(op: Operation, entry: Entry) -> Array:
     assert entry.weight_bits is not None
     shape = op.site.shapes[op.site.weight]
     if entry.turned:
-        terms = math.prod(shape[: len(op.site.contracting[1])])
+        terms = kernels.terms(op.site)
         shape = (math.prod(shape) // terms, terms)
     return kernels.unpack(op.given["codes"], shape, entry.weight_bits)
 

@@ -2,7 +2,6 @@
 
 import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 
 import effjax as ej
 from effjax.errors import SetupError
-from effjax.quantize import qat
+from effjax.quantize import numerics, qat
 from tests import nets
 from tests.programs import PROGRAMS, SQUARE, X
 
@@ -106,31 +105,35 @@ def test_the_compiled_step_multiplies_integers_and_nothing_twice():
     assert of_floats == as_before - sites
 
 
-class Half(nn.Module):
-    """A model in bfloat16."""
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        x = nn.relu(nn.Dense(16, dtype=jnp.bfloat16, name="hidden")(x.reshape(len(x), -1)))
-        return nn.Dense(10, dtype=jnp.bfloat16, name="head")(x)
-
-
 def test_in_bfloat16_the_sums_are_exact():
-    """The product of floats rounds each of its points and its sum; the integers are not rounded."""
-    model = ej.from_linen(Half(), lambda batch: (batch["image"],))
-    params, _ = model.init(KEY, nets.BATCH)
+    """One rounding to bfloat16, of the exact sum; the product of floats rounds its operands too."""
+    rng = np.random.default_rng(0)
+    w, x = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((64, 8), (16, 64)))
 
-    def outputs(kind):
-        transform, tx = qat(8, 8, forward=kind), optax.sgd(0.0)
-        state = ej.init_state(KEY, model, transform, tx, nets.BATCH, params=params)
-        args = (state.vars, state.model_state, state.transform, nets.BATCH)
-        return ej.step.forward(model.apply, transform, *args, ej.Ctx(state.step, KEY)).outputs
+    def on_grid(x, axes):
+        g = numerics.grid(8)
+        scale = numerics.scale_of(numerics.absmax(x, axes), g)
+        return np.asarray(numerics.round_to(x, scale, g), np.int64), scale
 
-    found, wanted = outputs("integer"), outputs("float")
-    assert found.dtype == wanted.dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        found.astype(jnp.float32), wanted.astype(jnp.float32), rtol=0.05, atol=0.05
+    (whole_w, s_w), (whole_x, s_x) = on_grid(w, (1,)), on_grid(x, ())
+    exact = (whole_x @ whole_w).astype(np.float32) * (s_x * s_w)
+    found, rounded = (
+        gradients(lambda p, x: x @ p["kernel"], qat(8, 8, forward=kind), {"kernel": w}, x)[0]
+        for kind in ("integer", "float")
     )
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+    assert np.any(np.asarray(rounded) != np.asarray(found))
+
+
+@pytest.mark.parametrize("ranges", ["dynamic", "static"])
+def test_what_is_not_a_number_stays_none(ranges):
+    """Integers have no NaN: they must not make one of the activations 0."""
+    for kind in ("integer", "float"):
+        transform = qat(8, 8, ranges=ranges, forward=kind)
+        x = X.at[1, 2].set(jnp.nan)
+        outputs, _ = gradients(lambda p, x: x @ p["kernel"], transform, {"kernel": SQUARE}, x)
+        assert np.isnan(outputs[1]).all()
 
 
 def test_evaluation_and_sites_with_one_float_operand_multiply_floats():
