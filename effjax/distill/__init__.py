@@ -13,7 +13,7 @@ from effjax.distill.mapping import layer_to_layer
 from effjax.distill.online import each, mutual, peers
 from effjax.distill.relations import crd, minilm, rkd_angle, rkd_distance, similarity
 from effjax.distill.targets import TopK, dkd, hard, label_smoothing, top_k, top_k_kl
-from effjax.distill.teachers import Teacher, ensemble
+from effjax.distill.teachers import Teacher, ensemble, views
 
 __all__ = [
     "Cache",
@@ -55,5 +55,6 @@ __all__ = [
     "twice",
     "variational",
     "vid",
+    "views",
     "write_cache",
 ]

@@ -1,6 +1,6 @@
-"""Teachers: their weights as a step's frozen input, one or several, run outside of the gradient."""
+"""Teachers: their weights as a step's frozen input; several, or one on several views, as one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from effjax.core import Apply, PyTree
-from effjax.distill.losses import check_logits
+from effjax.distill.losses import check_floating, check_logits
 from effjax.distill.numerics import wide
 from effjax.errors import SetupError
+
+Combine = Literal["probabilities", "logits"]
 
 
 class Teacher(NamedTuple):
@@ -28,7 +30,7 @@ class Teacher(NamedTuple):
 def ensemble(
     *teachers: Apply,
     weights: Sequence[float | Array] | None = None,
-    combine: Literal["probabilities", "logits"] = "probabilities",
+    combine: Combine = "probabilities",
 ) -> Apply:
     """Several teachers as one, whose logits are their average.
 
@@ -67,8 +69,7 @@ def ensemble(
         )
     if weights is not None and len(weights) != len(teachers):
         raise SetupError(f"ensemble has {len(weights)} weights for {len(teachers)} teachers.")
-    if combine not in ("probabilities", "logits"):
-        raise SetupError(f"ensemble averages 'probabilities' or 'logits', not {combine!r}.")
+    _check_combine("ensemble", combine)
     given = [1.0] * len(teachers) if weights is None else list(weights)
 
     def apply(params, model_state, batch, key, train):
@@ -82,17 +83,87 @@ def ensemble(
             for teacher, p, s in zip(teachers, params, model_state, strict=True)
         ]
         for logits, _ in runs:
+            check_floating("teacher", logits)
             check_logits(logits, runs[0][0])
         logits = jnp.stack(wide(*(logits for logits, _ in runs)))
         w = jnp.stack([jnp.asarray(x, logits.dtype) for x in given])
-        w = (w / jnp.sum(w)).reshape(-1, *[1] * (logits.ndim - 1))
-        if combine == "logits":
-            outputs = jnp.sum(w * logits, axis=0)
-        else:
-            outputs = jax.nn.logsumexp(jax.nn.log_softmax(logits, axis=-1), axis=0, b=w)
-        return outputs, tuple(state for _, state in runs)
+        return _average(logits, w, combine), tuple(state for _, state in runs)
 
     return apply
+
+
+def views(
+    teacher: Apply,
+    view: Callable[[PyTree, Array], PyTree],
+    count: int,
+    *,
+    combine: Combine = "probabilities",
+) -> Apply:
+    """A teacher whose logits are its average over several views of each example.
+
+    A teacher that was trained on augmented examples knows of each what the student, who sees it as
+    it is, cannot find in one forward pass of it: "probabilities" says log of the mean over i of
+    softmax(logits of view i), "logits" the mean of the logits. It costs `count` forward passes, one
+    after another; over examples that are not augmented for the student, run it once and keep what
+    it says with `write_cache`.
+
+    Args:
+      teacher: its `apply`, whose outputs are logits, floating [..., classes].
+      view: `(batch, i) -> batch`, the i-th view, i a traced int32 in 0 .. count-1.
+      count: how many views there are, 1 or more.
+      combine: what is averaged.
+
+    Returns:
+      An `apply` with the teacher's own params and model_state, for evaluation: the model_state is
+      returned as it was given.
+
+    Raises:
+      SetupError: no functions, or a count below 1; when run, a teacher whose outputs are no logits.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import effjax as ej
+      >>> def apply(params, model_state, batch, key, train):
+      ...     return batch["x"] @ params, model_state
+      >>> scaled = lambda batch, i: {"x": batch["x"] * (i + 1)}
+      >>> teacher = ej.distill.views(apply, scaled, 3, combine="logits")
+      >>> teacher(jnp.eye(2), {}, {"x": jnp.ones((1, 2))}, None, False)[0].tolist()
+      [[2.0, 2.0]]
+
+    Reference: Radosavovic et al., "Data Distillation: Towards Omni-Supervised Learning", 2018,
+      https://arxiv.org/abs/1712.04440.
+    """
+    check_apply("distill.views", teacher)
+    if not callable(view) or isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise SetupError(
+            f"distill.views takes a function (batch, i) -> batch and how many views there are, 1 "
+            f"or more; got a {type(view).__name__} and {count!r}."
+        )
+    _check_combine("distill.views", combine)
+
+    def apply(params, model_state, batch, key, train):
+        def one(i: Array) -> Array:
+            logits, _ = teacher(params, model_state, view(batch, i), key, train)
+            check_floating("teacher", logits)
+            return logits
+
+        (logits,) = wide(jax.lax.map(one, jnp.arange(count, dtype=jnp.int32)))
+        return _average(logits, jnp.ones(count, logits.dtype), combine), model_state
+
+    return apply
+
+
+def _check_combine(who: str, combine: str) -> None:
+    if combine not in ("probabilities", "logits"):
+        raise SetupError(f"{who} averages 'probabilities' or 'logits', not {combine!r}.")
+
+
+def _average(logits: Array, weights: Array, combine: Combine) -> Array:
+    """The logits of the average over the first axis, by weights that are divided by their sum."""
+    w = (weights / jnp.sum(weights)).reshape(-1, *[1] * (logits.ndim - 1))
+    if combine == "logits":
+        return jnp.sum(w * logits, axis=0)
+    return jax.nn.logsumexp(jax.nn.log_softmax(logits, axis=-1), axis=0, b=w)
 
 
 def check_apply(who: str, teacher: Any) -> None:
