@@ -21,7 +21,7 @@ arm with moved images has the temperature of the plain one, the ensemble's that 
 rates and alpha were chosen on these images too, by hand.
 
 Command: python -m experiments distill_mnist
-Cost: 3.5 hours on 2 CPU cores: a teacher takes half an hour, a student a minute or two.
+Cost: 4 hours on 2 CPU cores: a teacher takes half an hour, a student a minute or two.
 
 Papers: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015,
 https://arxiv.org/abs/1503.02531, section 3; Radosavovic et al., "Data Distillation", 2018,
