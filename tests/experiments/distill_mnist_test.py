@@ -11,6 +11,7 @@ import pytest
 import effjax as ej
 from experiments import distill_mnist
 from experiments.distill_mnist import ARMS, AVERAGED, ENSEMBLE, TEACHER, Config, bounded_norm
+from experiments.harness.errors import ConfigError
 from experiments.harness.provenance import brief
 from experiments.models import mlp
 from experiments.sparse_report import RESULTS
@@ -53,6 +54,12 @@ def test_tables_are_those_of_the_results_and_temperatures_those_with_fewest_held
         assert list(by) == results["config"]["temperatures"]
         assert {len(errors) for errors in by.values()} == {results["config"]["held_out_seeds"]}
         assert results["temperatures"][arm] == min(by, key=lambda t, by=by: sum(by[t]))
+
+
+@pytest.mark.parametrize("temperatures", [(), (10.0, 10.0)])
+def test_temperatures_that_leave_no_choice_are_an_error(temperatures):
+    with pytest.raises(ConfigError, match="one, or several different ones"):
+        Config(temperatures=temperatures)
 
 
 def test_moves_are_those_that_a_translation_draws_from():
