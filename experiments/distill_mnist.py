@@ -208,8 +208,9 @@ class Trainer:
         bound = [bounded_norm(config.max_norm)] if teaches else []
         tx = optax.chain(optax.adam(optax.cosine_decay_schedule(rate, steps)), *bound)
         self.step = ej.make_step(model.apply, transform, loss, tx)
-        nothing = np.zeros((len(task.train.label), task.classes), np.float32)
-        example = self.batches(0, {LOGITS: nothing} if name in CACHED else {}).example
+        example = self.batches(0, {}).example
+        if name in CACHED:
+            example[LOGITS] = jax.ShapeDtypeStruct((config.batch, task.classes), jnp.float32)
         self.init = jax.jit(
             lambda key, frozen: ej.init_state(key, model, transform, tx, example, frozen)
         )

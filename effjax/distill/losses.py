@@ -146,25 +146,20 @@ def dist(
     return t**2 * (inter * distance(1) + intra * distance(0))
 
 
-def check_floating(name: str, logits: Any) -> None:
-    """Raises SetupError unless the student's or teacher's logits are floating [..., classes]."""
-    if not hasattr(logits, "dtype") or not hasattr(logits, "shape"):
-        raise SetupError(
-            f"the {name}'s logits are a {type(logits).__name__}, not one array. Say where in "
-            f"the outputs they are: logits(..., {name}_logits=lambda out: out[0])."
-        )
-    if not jnp.issubdtype(logits.dtype, jnp.floating) or logits.ndim == 0:
-        raise SetupError(
-            f"the {name}'s logits are {logits.dtype}{list(logits.shape)}; they are floating "
-            "with the classes on the last axis. Give what the model computes before softmax "
-            "and argmax."
-        )
-
-
 def check_logits(student: Any, teacher: Any) -> None:
     """Raises SetupError unless both are floating [..., classes] arrays of one shape."""
-    check_floating("student", student)
-    check_floating("teacher", teacher)
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if not hasattr(logits, "dtype") or not hasattr(logits, "shape"):
+            raise SetupError(
+                f"the {name}'s logits are a {type(logits).__name__}, not one array. Say where in "
+                f"the outputs they are: logits(..., {name}_logits=lambda out: out[0])."
+            )
+        if not jnp.issubdtype(logits.dtype, jnp.floating) or logits.ndim == 0:
+            raise SetupError(
+                f"the {name}'s logits are {logits.dtype}{list(logits.shape)}; they are floating "
+                "with the classes on the last axis. Give what the model computes before softmax "
+                "and argmax."
+            )
     if student.shape != teacher.shape:
         raise SetupError(
             f"the student's logits have shape {list(student.shape)} and the teacher's "

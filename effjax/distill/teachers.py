@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from effjax.core import Apply, PyTree
-from effjax.distill.losses import check_floating, check_logits
 from effjax.distill.numerics import wide
 from effjax.errors import SetupError
 
@@ -82,9 +81,7 @@ def ensemble(
             teacher(p, s, batch, key, train)
             for teacher, p, s in zip(teachers, params, model_state, strict=True)
         ]
-        for logits, _ in runs:
-            check_floating("teacher", logits)
-            check_logits(logits, runs[0][0])
+        _check_averaged("ensemble", [logits for logits, _ in runs])
         logits = jnp.stack(wide(*(logits for logits, _ in runs)))
         w = jnp.stack([jnp.asarray(x, logits.dtype) for x in given])
         return _average(logits, w, combine), tuple(state for _, state in runs)
@@ -144,7 +141,7 @@ def views(
     def apply(params, model_state, batch, key, train):
         def one(i: Array) -> Array:
             logits, _ = teacher(params, model_state, view(batch, i), key, train)
-            check_floating("teacher", logits)
+            _check_averaged("distill.views", [logits])
             return logits
 
         (logits,) = wide(jax.lax.map(one, jnp.arange(count, dtype=jnp.int32)))
@@ -156,6 +153,25 @@ def views(
 def _check_combine(who: str, combine: str) -> None:
     if combine not in ("probabilities", "logits"):
         raise SetupError(f"{who} averages 'probabilities' or 'logits', not {combine!r}.")
+
+
+def _check_averaged(who: str, found: Sequence[Any]) -> None:
+    """Raises SetupError unless outputs are floating [..., classes] arrays of one shape."""
+    for x in found:
+        dtype, shape = getattr(x, "dtype", None), getattr(x, "shape", ())
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or not shape:
+            what = type(x).__name__ if dtype is None else f"{dtype}{list(shape)}"
+            raise SetupError(
+                f"{who} averages logits, floating with the classes on the last axis, and a teacher "
+                f"gave {what}. Give a function that returns its logits alone, before softmax and "
+                "argmax, with the model_state: lambda *args: (apply(*args)[0]['logits'], args[1])."
+            )
+    if len({x.shape for x in found}) > 1:
+        raise SetupError(
+            f"{who} averages logits class by class and example by example, and its teachers' have "
+            f"shapes {[list(x.shape) for x in found]}. Give teachers of the same classes, or a "
+            "function for each that selects those that all have."
+        )
 
 
 def _average(logits: Array, weights: Array, combine: Combine) -> Array:

@@ -1,4 +1,4 @@
-"""One teacher over several views of each example."""
+"""Teachers whose logits are averaged: one over several views of each example, or several."""
 
 import flax.linen
 import jax
@@ -10,7 +10,7 @@ from flax import nnx
 from scipy.special import log_softmax, logsumexp
 
 import effjax as ej
-from effjax.distill import Match, Teacher, views
+from effjax.distill import Match, Teacher, ensemble, views
 from effjax.errors import SetupError
 
 KEY = jax.random.key(0)
@@ -104,20 +104,47 @@ def test_a_cache_of_it_teaches_as_it_does_itself(tmp_path):
 
 def test_views_that_cannot_be_averaged_are_errors():
     model = linen()
-    params, model_state = model.init(KEY, BATCH)
     with pytest.raises(SetupError, match="got a dict as teacher"):
-        views(params, rolled, 2)
+        views({}, rolled, 2)
     for view, count in ((rolled, 0), (rolled, True), (rolled, 2.0), (None, 2)):
         with pytest.raises(SetupError, match="how many views"):
             views(model.apply, view, count)
     with pytest.raises(SetupError, match="'probabilities' or 'logits', not 'votes'"):
         views(model.apply, rolled, 2, combine="votes")
 
-    def classes(params, model_state, batch, key, train):
-        return jnp.argmax(model.apply(params, model_state, batch, key, train)[0], -1), model_state
 
-    with pytest.raises(SetupError, match="the teacher's logits are int32"):
-        views(classes, rolled, 2)(params, model_state, BATCH, KEY, False)
+@pytest.mark.parametrize(
+    ("combined", "join"),
+    [
+        (lambda t: views(t, rolled, 2), lambda weights: weights),
+        (lambda t: ensemble(t, t), lambda weights: Teacher.join(weights, weights)),
+    ],
+)
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda x: jnp.argmax(x, -1), r"a teacher gave int32\[6\]"),
+        (lambda x: {"logits": x}, "a teacher gave dict"),
+        (jnp.mean, r"a teacher gave float32\[\]"),
+    ],
+)
+def test_outputs_that_are_no_logits_are_errors(combined, join, output, message):
+    def teacher(params, model_state, batch, key, train):
+        return output(batch["x"] @ params), model_state
+
+    weights = join(Teacher(jnp.ones((8, 3)), {}))
+    with pytest.raises(SetupError, match=message):
+        combined(teacher)(*weights, BATCH, KEY, False)
+
+
+def test_teachers_of_other_classes_are_an_error():
+    def teacher(params, model_state, batch, key, train):
+        return batch["x"] @ params, model_state
+
+    with pytest.raises(SetupError, match=r"teachers' have shapes \[\[6, 3\], \[6, 4\]\]"):
+        ensemble(teacher, teacher)(
+            (jnp.ones((8, 3)), jnp.ones((8, 4))), ({}, {}), BATCH, KEY, False
+        )
 
 
 def test_features_of_it_are_an_error():
